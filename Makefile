@@ -1,0 +1,59 @@
+# make demo | test | lint | bench | sanitize: each sets up what it needs in .venv first.
+# Uses the torch of the active Python where it is new enough, else installs TORCH into .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f)
+BUILT := $(VENV)/.built
+export MAX_JOBS ?= 2
+
+.PHONY: demo test lint format bench sanitize build clean
+
+demo: build
+	@echo "== Training on scikit-learn's digits and diabetes with lossops and with torch.nn"
+	$(BIN)/python examples/demo.py --out demo-output
+
+test: build
+	@echo "== Running the tests"
+	$(BIN)/python -m pytest
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lossops
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.inl,$(SOURCES))
+
+format: $(BUILT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.inl,$(SOURCES))
+
+bench: build
+	$(BIN)/python bench/run.py --device cpu
+
+build: $(BUILT)
+
+$(VENV)/.torch:
+	@command -v $(PYTHON) >/dev/null || { echo "lossops: needs $(PYTHON), and found none; install Python 3.10 or later, or name yours with PYTHON=..."; exit 1; }
+	@echo "== Setting up $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "lossops: $(PYTHON) -m venv failed; on Debian, apt-get install python3-venv"; exit 1; }
+	@if site=$$($(PYTHON) -c 'import os, torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10); print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); then \
+		echo "== Using the active torch in $$site"; \
+		echo "$$site" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active-torch.pth; \
+	else \
+		echo "== Installing $(TORCH)"; \
+		$(BIN)/pip install -q $(TORCH); \
+	fi
+	@touch $@
+
+$(BUILT): $(VENV)/.torch setup.py pyproject.toml lossops/version.txt $(SOURCES)
+	@command -v $${CXX:-g++} >/dev/null || { echo "lossops: building needs a C++ compiler, and found no $${CXX:-g++}; on Debian, apt-get install g++"; exit 1; }
+	@echo "== Installing the tools and building lossops (about a minute)"
+	@$(BIN)/pip install -q 'setuptools>=77' wheel ninja pybind11
+	@$(BIN)/pip install -q --no-build-isolation -e '.[plots,demo,test,lint]'
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info lossops/_C*.so $(BUILT)

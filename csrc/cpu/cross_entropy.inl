@@ -1,0 +1,599 @@
+// Softmax cross-entropy on the CPU, compiled once per instruction set (see foreach_isa.h).
+// Formulas: csrc/cross_entropy.h. Two ways through the logits: along the classes of one row at a
+// time, or across a tile of rows, one vector lane each, where classes are few or lie far apart.
+
+constexpr int64_t kBlock = 2048; // classes at a time along a row: 8 KiB of float stay in L1 for every pass
+constexpr int64_t kTile = 128;   // rows of a tile
+constexpr int64_t kTileClasses = 32; // classes of a tile held at a time: 16 KiB of float
+
+// ---------------------------------------------------------------------------------------------
+// Pieces of the formula
+
+// What each row's target says. An ignored row and one out of range are not counted.
+template <class A>
+struct RowTarget {
+  int64_t index = -1; // -1: probabilities, or not counted
+  bool counted = true;
+  A weight = 1; // of class `index`
+};
+
+template <class A>
+LOSSOPS_INLINE RowTarget<A> read_target(const CrossEntropyProblem& a, int64_t offset, bool* bad_target) {
+  if (!a.index_target()) return {};
+  const int64_t y = load_index(a.target.dtype, a.target.data, offset);
+  if (y == a.ignore_index) return {-1, false, 0};
+  if (static_cast<uint64_t>(y) >= static_cast<uint64_t>(a.classes)) {
+    __atomic_store_n(bad_target, true, __ATOMIC_RELAXED);
+    return {-1, false, 0};
+  }
+  return {y, true, a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[y]};
+}
+
+// t_c = w_c*(keep*p_c + spread), where a class index adds keep*w at its class instead of keep*p.
+template <class A>
+struct Smoothing {
+  A keep, spread;
+  explicit Smoothing(const CrossEntropyProblem& a)
+      : keep(static_cast<A>(1 - a.label_smoothing)),
+        spread(static_cast<A>(a.label_smoothing / static_cast<double>(a.classes))) {}
+};
+
+template <class A>
+LOSSOPS_INLINE A target_weight(A w, const A* p, int64_t i, Smoothing<A> s) {
+  return w * (p == nullptr ? s.spread : s.keep * p[i] + s.spread);
+}
+
+// The logit that sums are taken relative to: an all -inf start must not turn into -inf - -inf.
+template <class A>
+LOSSOPS_INLINE A anchor(A max) {
+  return max == -std::numeric_limits<A>::infinity() ? A(0) : max;
+}
+
+// Of one row so far: sums are relative to anchor(max).
+template <class A>
+struct RowState {
+  A max = -std::numeric_limits<A>::infinity();
+  A sum = 0;        // of exp(z - max)
+  A target_sum = 0; // S, of t
+  A dot = 0;        // of t*(z - max)
+
+  LOSSOPS_INLINE void raise(A new_max) {
+    if (new_max == max) return;
+    if (max != -std::numeric_limits<A>::infinity()) sum *= exp(max - new_max);
+    if (target_sum != 0) dot += target_sum * (anchor(max) - anchor(new_max));
+    max = new_max;
+  }
+  void merge(RowState other) {
+    const A new_max = other.max > max ? other.max : max;
+    raise(new_max);
+    other.raise(new_max);
+    sum += other.sum;
+    target_sum += other.target_sum;
+    dot += other.dot;
+  }
+};
+
+// Stats of row r: max, log_sum and S, in planes of rows.count.
+template <class A>
+struct Stats {
+  A *max, *log_sum, *target_sum; // target_sum may be null: then S is the weight of the target
+  explicit Stats(const CrossEntropyProblem& a)
+      : max(static_cast<A*>(a.stats)),
+        log_sum(max + a.rows.count),
+        target_sum(a.has_target_sum() ? log_sum + a.rows.count : nullptr) {}
+};
+
+// ---------------------------------------------------------------------------------------------
+// Along a row
+
+template <class A>
+LOSSOPS_INLINE A block_max(const A* z, int64_t n, A max) {
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
+  return max;
+}
+
+template <class A>
+LOSSOPS_INLINE A block_sum_exp(const A* z, int64_t n, A ref) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp(z[i] - ref);
+  return sum;
+}
+
+// Adds the terms t_c*(z_c - ref); one with t_c = 0 adds nothing even where z_c is -inf.
+template <bool kProbabilities, class A, class Weight>
+LOSSOPS_INLINE void block_target(const A* z, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s,
+                                 RowState<A>& state) {
+  A target_sum = 0, dot = 0;
+#pragma omp simd reduction(+ : target_sum, dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const A t = target_weight<A>(w[i], kProbabilities ? p : nullptr, i, s);
+    target_sum += t;
+    dot += t != 0 ? t * (z[i] - ref) : A(0);
+  }
+  state.target_sum += target_sum;
+  state.dot += dot;
+}
+
+// The row's state over the classes [c0, c1), without a class index's own term.
+template <class A>
+RowState<A> row_state(const CrossEntropyProblem& a, const int64_t* o, int64_t c0, int64_t c1) {
+  alignas(64) A z_buffer[kBlock], p_buffer[kBlock];
+  const Smoothing<A> smoothing(a);
+  const bool probabilities = !a.index_target();
+  RowState<A> state;
+  for (int64_t c = c0; c < c1; c += kBlock) {
+    const int64_t n = std::min(kBlock, c1 - c);
+    const A* z = load(a.logits.dtype, a.logits.data, o[kLogits] + c * a.logits.class_stride,
+                      a.logits.class_stride, n, z_buffer);
+    state.raise(block_max(z, n, state.max));
+    const A ref = anchor(state.max);
+    state.sum += block_sum_exp(z, n, ref);
+    if (!a.has_target_sum()) continue;
+    const A* w = static_cast<const A*>(a.weight);
+    if (probabilities) {
+      const A* p = load(a.target.dtype, a.target.data, o[kTarget] + c * a.target.class_stride,
+                        a.target.class_stride, n, p_buffer);
+      if (w != nullptr)
+        block_target<true>(z, p, w + c, n, ref, smoothing, state);
+      else
+        block_target<true>(z, p, Uniform<A>{1}, n, ref, smoothing, state);
+    } else {
+      if (w != nullptr)
+        block_target<false, A>(z, nullptr, w + c, n, ref, smoothing, state);
+      else
+        block_target<false, A>(z, nullptr, Uniform<A>{1}, n, ref, smoothing, state);
+    }
+  }
+  return state;
+}
+
+// Writes what the forward knows of one row.
+template <class A>
+LOSSOPS_INLINE void finish_row(const CrossEntropyForward& a, int64_t row, RowState<A> state,
+                               RowTarget<A> target, A target_logit, double& loss_sum, double& weight_sum) {
+  A loss = 0, log_sum = 0, max = 0;
+  if (target.counted) {
+    if (target.index >= 0) {
+      const A t = Smoothing<A>(a).keep * target.weight;
+      state.target_sum += t;
+      if (t != 0) state.dot += t * (target_logit - anchor(state.max));
+    }
+    max = state.max;
+    log_sum = log(state.sum);
+    loss = state.target_sum * log_sum - state.dot;
+    loss_sum += loss;
+    weight_sum += target.weight;
+  }
+  const Stats<A> stats(a);
+  stats.max[row] = max;
+  stats.log_sum[row] = log_sum;
+  if (stats.target_sum != nullptr) stats.target_sum[row] = target.counted ? state.target_sum : A(0);
+  if (a.reduction == Reduction::none) store_one(a.loss_dtype, loss, a.loss, row);
+}
+
+template <class A>
+void finish_row(const CrossEntropyForward& a, const int64_t* o, const RowState<A>& state, double& loss_sum,
+                double& weight_sum) {
+  const RowTarget<A> target = read_target<A>(a, o[kTarget], a.bad_target);
+  const A target_logit = target.index < 0 ? A(0)
+                                          : load_one<A>(a.logits.dtype, a.logits.data,
+                                                        o[kLogits] + target.index * a.logits.class_stride);
+  finish_row(a, o[kRow], state, target, target_logit, loss_sum, weight_sum);
+}
+
+template <class A>
+void forward_row(const CrossEntropyForward& a, const int64_t* o, double& loss_sum, double& weight_sum) {
+  // An ignored row is not read: nothing in it can reach the loss, NaN included.
+  const bool counted = read_target<A>(a, o[kTarget], a.bad_target).counted;
+  finish_row(a, o, counted ? row_state<A>(a, o, 0, a.classes) : RowState<A>(), loss_sum, weight_sum);
+}
+
+// What the backward passes know of a row before they look at its logits.
+template <class A>
+struct RowGradient {
+  RowTarget<A> target;
+  A max, log_sum;
+  A target_sum; // S
+  A grad;       // upstream gradient of the row's loss: 0 leaves zeros, whatever the logits are
+};
+
+template <class A>
+LOSSOPS_INLINE RowGradient<A> row_gradient(const CrossEntropyBackward& a, const int64_t* o) {
+  const Stats<A> stats(a);
+  RowGradient<A> r;
+  r.target = read_target<A>(a, o[kTarget], a.bad_target);
+  r.max = stats.max[o[kRow]];
+  r.log_sum = stats.log_sum[o[kRow]];
+  r.target_sum = stats.target_sum != nullptr ? stats.target_sum[o[kRow]] : r.target.weight;
+  if (!r.target.counted) {
+    r.grad = 0;
+  } else {
+    const double grad = load_one<double>(a.grad_loss_dtype, a.grad_loss, o[kGradLoss]);
+    r.grad = static_cast<A>(a.normalizer == nullptr ? grad : grad / *a.normalizer);
+  }
+  return r;
+}
+
+// dz = g*(S*softmax - t), without a class index's own term. Row values are Uniform along a row,
+// arrays across a tile; the class weight the other way round.
+template <bool kProbabilities, class A, class Row, class Weight>
+LOSSOPS_INLINE void logit_gradient(const A* z, const A* p, int64_t n, Row max, Row log_sum, Row grad_sum,
+                                   Row grad, Weight w, Smoothing<A> s, A* dz) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A t = target_weight<A>(w[i], kProbabilities ? p : nullptr, i, s);
+    const A value = grad_sum[i] * exp((z[i] - max[i]) - log_sum[i]) - grad[i] * t;
+    dz[i] = grad[i] == 0 ? A(0) : value;
+  }
+}
+
+// dp = g*keep*w*(lse - z)
+template <class A, class Row, class Weight>
+LOSSOPS_INLINE void target_gradient(const A* z, int64_t n, Row max, Row log_sum, Row grad, Weight w, A keep,
+                                    A* dp) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    dp[i] = grad[i] == 0 ? A(0) : grad[i] * keep * w[i] * (log_sum[i] - (z[i] - max[i]));
+}
+
+// dz = g*S*softmax*(v - mean), dp = g*keep*w*(mean - v): along the tangent v of softmax mean `mean`.
+template <class A, class Row>
+LOSSOPS_INLINE void logit_curvature(const A* z, const A* v, int64_t n, Row max, Row log_sum, Row grad_sum,
+                                    Row mean, A* dz) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    dz[i] = grad_sum[i] == 0 ? A(0) : grad_sum[i] * exp((z[i] - max[i]) - log_sum[i]) * (v[i] - mean[i]);
+}
+
+template <class A, class Row, class Weight>
+LOSSOPS_INLINE void target_curvature(const A* v, int64_t n, Row grad, Row mean, Weight w, A keep, A* dp) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dp[i] = grad[i] * keep * w[i] * (mean[i] - v[i]);
+}
+
+template <class A>
+void zero_classes(const ClassTensor& out, int64_t offset, int64_t c0, int64_t c1) {
+  for (int64_t c = c0; c < c1; ++c) store_one(out.dtype, A(0), out.data, offset + c * out.class_stride);
+}
+
+// Gradients of the classes [c0, c1) of one row.
+template <class A>
+void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, int64_t c1) {
+  alignas(64) A z_buffer[kBlock], p_buffer[kBlock], out_buffer[kBlock];
+  const Smoothing<A> smoothing(a);
+  const RowGradient<A> r = row_gradient<A>(a, o);
+  if (r.grad == 0) {
+    if (a.grad_logits.data != nullptr) zero_classes<A>(a.grad_logits, o[kGradLogits], c0, c1);
+    if (a.grad_target.data != nullptr) zero_classes<A>(a.grad_target, o[kGradTarget], c0, c1);
+    return;
+  }
+  const Uniform<A> max{r.max}, log_sum{r.log_sum}, grad{r.grad}, grad_sum{r.grad * r.target_sum};
+  for (int64_t c = c0; c < c1; c += kBlock) {
+    const int64_t n = std::min(kBlock, c1 - c);
+    const A* z = load(a.logits.dtype, a.logits.data, o[kLogits] + c * a.logits.class_stride,
+                      a.logits.class_stride, n, z_buffer);
+    const A* w = a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + c;
+    if (a.grad_target.data != nullptr) {
+      const int64_t stride = a.grad_target.class_stride, offset = o[kGradTarget] + c * stride;
+      A* dp = destination(a.grad_target.dtype, a.grad_target.data, offset, stride, out_buffer);
+      if (w != nullptr)
+        target_gradient(z, n, max, log_sum, grad, w, smoothing.keep, dp);
+      else
+        target_gradient(z, n, max, log_sum, grad, Uniform<A>{1}, smoothing.keep, dp);
+      store(a.grad_target.dtype, dp, a.grad_target.data, offset, stride, n);
+    }
+    if (a.grad_logits.data == nullptr) continue;
+    const int64_t stride = a.grad_logits.class_stride, offset = o[kGradLogits] + c * stride;
+    A* dz = destination(a.grad_logits.dtype, a.grad_logits.data, offset, stride, out_buffer);
+    if (!a.index_target()) {
+      const A* p = load(a.target.dtype, a.target.data, o[kTarget] + c * a.target.class_stride,
+                        a.target.class_stride, n, p_buffer);
+      if (w != nullptr)
+        logit_gradient<true>(z, p, n, max, log_sum, grad_sum, grad, w, smoothing, dz);
+      else
+        logit_gradient<true>(z, p, n, max, log_sum, grad_sum, grad, Uniform<A>{1}, smoothing, dz);
+    } else {
+      if (w != nullptr && smoothing.spread != 0)
+        logit_gradient<false, A>(z, nullptr, n, max, log_sum, grad_sum, grad, w, smoothing, dz);
+      else
+        logit_gradient<false, A>(z, nullptr, n, max, log_sum, grad_sum, grad, Uniform<A>{1}, smoothing, dz);
+      const int64_t y = r.target.index - c;
+      if (0 <= y && y < n) dz[y] -= r.grad * smoothing.keep * r.target.weight;
+    }
+    store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, stride, n);
+  }
+}
+
+template <bool kProbabilities, class A, class Weight>
+LOSSOPS_INLINE void block_moments(const A* z, const A* v, const A* p, Weight w, int64_t n, A max, A log_sum,
+                                  Smoothing<A> s, A& mean, A& target_dot) {
+  A mean_part = 0, dot_part = 0;
+#pragma omp simd reduction(+ : mean_part, dot_part)
+  for (int64_t i = 0; i < n; ++i) {
+    mean_part += exp((z[i] - max) - log_sum) * v[i];
+    dot_part += target_weight<A>(w[i], kProbabilities ? p : nullptr, i, s) * v[i];
+  }
+  mean += mean_part;
+  target_dot += dot_part;
+}
+
+// Two passes over the row: the tangent's means, then the products; the second finds the row in cache.
+template <class A>
+void backward_backward_row(const CrossEntropyBackwardBackward& a, const int64_t* o) {
+  alignas(64) A z_buffer[kBlock], v_buffer[kBlock], p_buffer[kBlock], out_buffer[kBlock];
+  const Smoothing<A> smoothing(a);
+  const RowGradient<A> r = row_gradient<A>(a, o);
+  A* row_dot = static_cast<A*>(a.row_dot) + o[kRow];
+  if (!r.target.counted) {
+    *row_dot = 0;
+    if (a.grad_logits.data != nullptr) zero_classes<A>(a.grad_logits, o[kGradLogits], 0, a.classes);
+    return;
+  }
+  const auto load_logits = [&](int64_t c, int64_t n) {
+    return load(a.logits.dtype, a.logits.data, o[kLogits] + c * a.logits.class_stride, a.logits.class_stride,
+                n, z_buffer);
+  };
+  const auto load_tangent = [&](int64_t c, int64_t n) {
+    return load(a.tangent.dtype, a.tangent.data, o[kTangent] + c * a.tangent.class_stride,
+                a.tangent.class_stride, n, v_buffer);
+  };
+  const A* weight = static_cast<const A*>(a.weight);
+  A mean = 0, target_dot = 0;
+  for (int64_t c = 0; c < a.classes; c += kBlock) {
+    const int64_t n = std::min(kBlock, a.classes - c);
+    const A *z = load_logits(c, n), *v = load_tangent(c, n);
+    if (!a.index_target()) {
+      const A* p = load(a.target.dtype, a.target.data, o[kTarget] + c * a.target.class_stride,
+                        a.target.class_stride, n, p_buffer);
+      if (weight != nullptr)
+        block_moments<true>(z, v, p, weight + c, n, r.max, r.log_sum, smoothing, mean, target_dot);
+      else
+        block_moments<true>(z, v, p, Uniform<A>{1}, n, r.max, r.log_sum, smoothing, mean, target_dot);
+    } else {
+      if (weight != nullptr)
+        block_moments<false, A>(z, v, nullptr, weight + c, n, r.max, r.log_sum, smoothing, mean, target_dot);
+      else
+        block_moments<false, A>(z, v, nullptr, Uniform<A>{1}, n, r.max, r.log_sum, smoothing, mean,
+                                target_dot);
+      const int64_t y = r.target.index - c;
+      if (0 <= y && y < n) target_dot += smoothing.keep * r.target.weight * v[y];
+    }
+  }
+  *row_dot = r.target_sum * mean - target_dot;
+  const Uniform<A> max{r.max}, log_sum{r.log_sum}, grad{r.grad}, grad_sum{r.grad * r.target_sum},
+      mean_v{mean};
+  for (int64_t c = 0; c < a.classes; c += kBlock) {
+    const int64_t n = std::min(kBlock, a.classes - c);
+    if (a.grad_logits.data != nullptr) {
+      const A *z = load_logits(c, n), *v = load_tangent(c, n);
+      const int64_t stride = a.grad_logits.class_stride, offset = o[kGradLogits] + c * stride;
+      A* dz = destination(a.grad_logits.dtype, a.grad_logits.data, offset, stride, out_buffer);
+      logit_curvature(z, v, n, max, log_sum, grad_sum, mean_v, dz);
+      store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, stride, n);
+    }
+    if (a.grad_target.data != nullptr) {
+      const A* v = load_tangent(c, n);
+      const int64_t stride = a.grad_target.class_stride, offset = o[kGradTarget] + c * stride;
+      A* dp = destination(a.grad_target.dtype, a.grad_target.data, offset, stride, out_buffer);
+      if (weight != nullptr)
+        target_curvature(v, n, grad, mean_v, weight + c, smoothing.keep, dp);
+      else
+        target_curvature(v, n, grad, mean_v, Uniform<A>{1}, smoothing.keep, dp);
+      store(a.grad_target.dtype, dp, a.grad_target.data, offset, stride, n);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Across a tile of rows
+
+// Up to kTileClasses classes of a tile: one array of rows for each class.
+template <class A>
+struct TileLoad {
+  alignas(64) A buffer[kTileClasses * kTile];
+  const A* classes[kTileClasses];
+
+  void operator()(const ClassTensor& t, int64_t offset, int64_t row_stride, int64_t c0, int64_t k,
+                  int64_t n) {
+    for (int64_t c = 0; c < k; ++c)
+      classes[c] =
+          load(t.dtype, t.data, offset + (c0 + c) * t.class_stride, row_stride, n, buffer + c * kTile);
+  }
+};
+
+template <class A>
+void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, double& loss_sum,
+                  double& weight_sum) {
+  TileLoad<A> z, p;
+  alignas(64) A max[kTile], sum[kTile], target_sum[kTile], dot[kTile], new_max[kTile], target_logit[kTile];
+  RowTarget<A> target[kTile];
+  const Smoothing<A> smoothing(a);
+  for (int64_t i = 0; i < n; ++i) {
+    target[i] = read_target<A>(a, o[kTarget] + i * a.rows.inner_stride(kTarget), a.bad_target);
+    max[i] = -std::numeric_limits<A>::infinity();
+    sum[i] = target_sum[i] = dot[i] = target_logit[i] = 0;
+  }
+  for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
+    const int64_t k = std::min(kTileClasses, a.classes - c0);
+    z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n);
+    if (!a.index_target()) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n);
+    std::copy(max, max + n, new_max);
+    for (int64_t c = 0; c < k; ++c) {
+      const A* zc = z.classes[c];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) new_max[i] = zc[i] > new_max[i] ? zc[i] : new_max[i];
+    }
+    if (c0 > 0) {
+      for (int64_t i = 0; i < n; ++i) {
+        RowState<A> state{max[i], sum[i], target_sum[i], dot[i]};
+        state.raise(new_max[i]);
+        sum[i] = state.sum;
+        dot[i] = state.dot;
+      }
+    }
+    std::copy(new_max, new_max + n, max);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) new_max[i] = anchor(max[i]);
+    for (int64_t c = 0; c < k; ++c) {
+      const A* zc = z.classes[c];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) sum[i] += exp(zc[i] - new_max[i]);
+      if (!a.has_target_sum()) continue;
+      const A w = a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c];
+      const A* pc = a.index_target() ? nullptr : p.classes[c];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const A t = target_weight(w, pc, i, smoothing);
+        target_sum[i] += t;
+        dot[i] += t != 0 ? t * (zc[i] - new_max[i]) : A(0);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t y = target[i].index - c0;
+      if (0 <= y && y < k) target_logit[i] = z.classes[y][i];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const RowState<A> state{max[i], sum[i], target_sum[i], dot[i]};
+    finish_row(a, o[kRow] + i * a.rows.inner_stride(kRow), state, target[i], target_logit[i], loss_sum,
+               weight_sum);
+  }
+}
+
+// The rows of a tile, as arrays.
+template <class A>
+struct TileGradient {
+  alignas(64) A max[kTile], log_sum[kTile], grad[kTile], grad_sum[kTile];
+  RowTarget<A> target[kTile];
+  A target_sum[kTile];
+
+  TileGradient(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t at[kCrossEntropyOperands];
+      at[kTarget] = o[kTarget] + i * a.rows.inner_stride(kTarget);
+      at[kRow] = o[kRow] + i * a.rows.inner_stride(kRow);
+      at[kGradLoss] = o[kGradLoss] + i * a.rows.inner_stride(kGradLoss);
+      const RowGradient<A> r = row_gradient<A>(a, at);
+      target[i] = r.target;
+      max[i] = r.max;
+      log_sum[i] = r.log_sum;
+      grad[i] = r.grad;
+      target_sum[i] = r.target_sum;
+      grad_sum[i] = r.grad * r.target_sum;
+    }
+  }
+};
+
+template <class A>
+void backward_tile(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
+  TileLoad<A> z, p;
+  alignas(64) A buffer[kTileClasses * kTile];
+  A* out[kTileClasses];
+  const Smoothing<A> smoothing(a);
+  const TileGradient<A> r(a, o, n);
+  for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
+    const int64_t k = std::min(kTileClasses, a.classes - c0);
+    z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n);
+    if (!a.index_target()) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n);
+    const auto weight = [&](int64_t c) {
+      return Uniform<A>{a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c]};
+    };
+    const auto place = [&](const ClassTensor& t, int64_t offset, int64_t row_stride) {
+      for (int64_t c = 0; c < k; ++c)
+        out[c] =
+            destination(t.dtype, t.data, offset + (c0 + c) * t.class_stride, row_stride, buffer + c * kTile);
+    };
+    const auto write = [&](const ClassTensor& t, int64_t offset, int64_t row_stride) {
+      for (int64_t c = 0; c < k; ++c)
+        store(t.dtype, out[c], t.data, offset + (c0 + c) * t.class_stride, row_stride, n);
+    };
+    if (a.grad_target.data != nullptr) {
+      place(a.grad_target, o[kGradTarget], a.rows.inner_stride(kGradTarget));
+      for (int64_t c = 0; c < k; ++c)
+        target_gradient(z.classes[c], n, r.max, r.log_sum, r.grad, weight(c), smoothing.keep, out[c]);
+      write(a.grad_target, o[kGradTarget], a.rows.inner_stride(kGradTarget));
+    }
+    if (a.grad_logits.data == nullptr) continue;
+    place(a.grad_logits, o[kGradLogits], a.rows.inner_stride(kGradLogits));
+    for (int64_t c = 0; c < k; ++c) {
+      if (a.index_target())
+        logit_gradient<false, A>(z.classes[c], nullptr, n, r.max, r.log_sum, r.grad_sum, r.grad, weight(c),
+                                 smoothing, out[c]);
+      else
+        logit_gradient<true>(z.classes[c], p.classes[c], n, r.max, r.log_sum, r.grad_sum, r.grad, weight(c),
+                             smoothing, out[c]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t y = r.target[i].index - c0;
+      if (0 <= y && y < k && r.grad[i] != 0) out[y][i] -= r.grad[i] * smoothing.keep * r.target[i].weight;
+    }
+    write(a.grad_logits, o[kGradLogits], a.rows.inner_stride(kGradLogits));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Ranges of rows: what a thread is given
+
+// Along the rows unless classes are few or only neighbouring rows lie side by side.
+inline bool along_rows(const CrossEntropyProblem& a) {
+  constexpr int64_t few_classes = 48, few_rows = 8;
+  if (a.logits.class_stride == 1 || a.rows.inner_stride(kLogits) != 1) return a.classes >= few_classes;
+  return a.rows.inner_size() < few_rows;
+}
+
+template <class A>
+void forward_range(const CrossEntropyForward& a, int64_t begin, int64_t end, double& loss_sum,
+                   double& weight_sum) {
+  const bool rows = along_rows(a);
+  for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
+    if (!rows) return forward_tile<A>(a, o, n, loss_sum, weight_sum);
+    for_each_row(a.rows, o, n, [&](const int64_t* at) { forward_row<A>(a, at, loss_sum, weight_sum); });
+  });
+}
+
+// A piece of one long row, and the joining of its pieces in order.
+template <class A>
+void forward_chunk(const CrossEntropyForward& a, int64_t row, int64_t c0, int64_t c1, void* state) {
+  int64_t o[kCrossEntropyOperands];
+  a.rows.offsets(row, o);
+  if (read_target<A>(a, o[kTarget], a.bad_target).counted)
+    *static_cast<RowState<A>*>(state) = row_state<A>(a, o, c0, c1);
+  else
+    *static_cast<RowState<A>*>(state) = RowState<A>();
+}
+
+template <class A>
+void forward_join(const CrossEntropyForward& a, int64_t row, const void* states, int64_t state_bytes,
+                  int64_t chunks, double& loss_sum, double& weight_sum) {
+  int64_t o[kCrossEntropyOperands];
+  a.rows.offsets(row, o);
+  RowState<A> state;
+  for (int64_t k = 0; k < chunks; ++k)
+    state.merge(*reinterpret_cast<const RowState<A>*>(static_cast<const char*>(states) + k * state_bytes));
+  finish_row(a, o, state, loss_sum, weight_sum);
+}
+
+template <class A>
+void backward_chunk(const CrossEntropyBackward& a, int64_t row, int64_t c0, int64_t c1) {
+  int64_t o[kCrossEntropyOperands];
+  a.rows.offsets(row, o);
+  backward_row<A>(a, o, c0, c1);
+}
+
+template <class A>
+void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
+  const bool rows = along_rows(a);
+  for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
+    if (!rows) return backward_tile<A>(a, o, n);
+    for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_row<A>(a, at, 0, a.classes); });
+  });
+}
+
+template <class A>
+void backward_backward_range(const CrossEntropyBackwardBackward& a, int64_t begin, int64_t end) {
+  for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
+    for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_backward_row<A>(a, at); });
+  });
+}

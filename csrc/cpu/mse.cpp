@@ -1,0 +1,38 @@
+#include "../mse.h"
+
+#include "isa.h"
+#include "parallel.h"
+
+#define LOSSOPS_KERNELS "mse.inl"
+#include "foreach_isa.h"
+
+namespace lossops::cpu {
+namespace {
+
+constexpr int64_t kElementsPerUnit = 16384;
+
+} // namespace
+
+void launch(const MSEForward& a) {
+  double sums[kMaxUnits] = {}, weights[kMaxUnits] = {};
+  const Units units(a.elements.count, 1, kElementsPerUnit);
+  parallel_for_units(units, 1, [&](int64_t unit) {
+    LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), sums[unit], weights[unit]);
+  });
+  double sum = 0, weight = 0;
+  for (int64_t i = 0; i < units.count; ++i) {
+    sum += sums[i];
+    weight += weights[i];
+  }
+  *a.normalizer = weight;
+  if (a.reduction == Reduction::mean) sum /= weight;
+  if (a.reduction != Reduction::none) baseline::store_one(a.out.dtype, sum, a.out.data, 0);
+}
+
+void launch(const MSEBackward& a) {
+  const Units units(a.elements.count, 1, kElementsPerUnit);
+  parallel_for_units(
+      units, 1, [&](int64_t unit) { LOSSOPS_CALL(backward_range, a, units.begin(unit), units.end(unit)); });
+}
+
+} // namespace lossops::cpu

@@ -1,0 +1,29 @@
+// Threads for the CPU kernels: torch's own, so that torch.set_num_threads holds.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../layout.h"
+
+namespace lossops::cpu {
+
+// Elements that one thread should have before a second is worth waking (a wake-up costs about 5 us).
+constexpr int64_t kElementsPerThread = 32768;
+
+// Calls body(unit) for every unit of work.
+template <class F>
+void parallel_for_units(const Units& units, int64_t elements_per_position, const F& body) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) body(unit);
+  };
+  const int64_t elements_per_unit =
+      std::max<int64_t>(1, units.per_unit * std::max<int64_t>(1, elements_per_position));
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / elements_per_unit);
+  if (units.count <= grain) {
+    run(0, units.count);
+  } else {
+    torch::stable::parallel_for(0, units.count, grain, run);
+  }
+}
+
+} // namespace lossops::cpu

@@ -1,0 +1,55 @@
+// Contract of the mean squared error kernels: what one call computes, for every device.
+//   loss_i      = w_i*(x_i - y_i)^2
+//   dloss/dx_i  = 2*w_i*(x_i - y_i) = -dloss/dy_i
+//   jvp_i       = 2*w_i*(x_i - y_i)*(dx_i - dy_i)
+// Each formula is linear in its last difference, so that forward, backward and jvp, applied to one
+// another's arguments, are the derivatives of every order.
+#pragma once
+
+#include "layout.h"
+
+namespace lossops {
+
+enum MSEOperand {
+  kInput,
+  kTargetElement,
+  kWeight,
+  kInputTangent,
+  kTargetTangent,
+  kGrad,
+  kOut,
+  kOutTarget,
+  kMSEOperands
+};
+
+struct Elements {
+  void* data = nullptr; // null: absent
+  DType dtype = DType::f32;
+};
+
+struct MSEProblem {
+  bool use_double = false; // accumulate in float64 instead of float32
+  Positions<kMSEOperands> elements;
+  Elements input, target, weight;
+};
+
+// The loss, or its derivative along a tangent where input_tangent is given.
+struct MSEForward : MSEProblem {
+  Elements input_tangent, target_tangent;
+  Reduction reduction = Reduction::mean;
+  Elements out;                 // one element each for none, else one element
+  double* normalizer = nullptr; // what mean divides by: the number of elements or the sum of weights
+};
+
+struct MSEBackward : MSEProblem {
+  Elements grad;                      // of the loss: one value (strides 0) or one an element
+  const double* normalizer = nullptr; // divides grad, or null
+  Elements grad_input, grad_target;   // data may be null
+};
+
+namespace cpu {
+void launch(const MSEForward&);
+void launch(const MSEBackward&);
+} // namespace cpu
+
+} // namespace lossops

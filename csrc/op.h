@@ -1,0 +1,159 @@
+// What the ops share: errors as sentences, dtypes, operands' strides, fresh tensors, devices.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/memory.h"
+#include "layout.h"
+
+namespace lossops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The pybind11 layer of torch.ops turns these into RuntimeError, ValueError and IndexError.
+using RuntimeError = std::runtime_error;
+using ValueError = std::invalid_argument;
+using IndexError = std::out_of_range;
+
+template <class Error = RuntimeError, class... Parts>
+inline void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+
+using Sizes = std::vector<int64_t>;
+
+inline Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+inline Sizes strides_of(const Tensor& t) {
+  const auto strides = t.strides();
+  return Sizes(strides.begin(), strides.end());
+}
+
+// As Python writes a shape: (8, 10), (8,), ().
+inline std::string shape(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d == 0 ? "" : ", ") << sizes[d];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline DType dtype_of(const Tensor& t, const char* op, const char* name, bool index = false) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Byte:
+      if (index) return DType::u8;
+      break;
+    case ScalarType::Int:
+      if (index) return DType::i32;
+      break;
+    case ScalarType::Long:
+      if (index) return DType::i64;
+      break;
+    default: break;
+  }
+  check(false, op, ": expected ", name, " of dtype ",
+        index ? "uint8, int32, int64 or a floating point type" : "float16, bfloat16, float32 or float64",
+        ", got ", torch::headeronly::toString(t.scalar_type()));
+  return DType::f32;
+}
+
+inline bool is_floating(const Tensor& t) {
+  const ScalarType s = t.scalar_type();
+  return s == ScalarType::Half || s == ScalarType::BFloat16 || s == ScalarType::Float ||
+         s == ScalarType::Double;
+}
+
+// torch's result type of two floating dtypes.
+inline ScalarType promote(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Reduction reduction_of(int64_t reduction, const char* op) {
+  check<ValueError>(0 <= reduction && reduction <= 2, op,
+                    ": expected reduction 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  return static_cast<Reduction>(reduction);
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
+  check(t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(), op,
+        ": expected ", name, " on the device of the first argument, got another device");
+}
+
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Sizes contiguous_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes[d]);
+  }
+  return strides;
+}
+
+inline Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  return empty_strided(sizes, contiguous_strides(sizes), dtype, like);
+}
+
+// A result with an element for each of t's: t's own strides where they are dense, as torch does.
+template <class Device>
+Tensor empty_elementwise(const Tensor& t, ScalarType dtype) {
+  Tensor out = t.is_contiguous() ? empty(sizes_of(t), dtype, t) : torch::stable::empty_like(t);
+  if (out.scalar_type() != dtype) out = empty_strided(sizes_of(out), strides_of(out), dtype, t);
+  Device::before_first_touch(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  return out;
+}
+
+// The divisor of a mean that the forward returned, or null.
+inline const double* normalizer_pointer(const std::optional<Tensor>& normalizer, const Tensor& like,
+                                        const char* op) {
+  if (!normalizer) return nullptr;
+  check(normalizer->dim() == 0 && normalizer->scalar_type() == ScalarType::Double, op,
+        ": expected normalizer to be a 0-d float64 tensor, got shape ", shape(sizes_of(*normalizer)));
+  check_same_device(*normalizer, like, op, "normalizer");
+  return static_cast<const double*>(normalizer->data_ptr());
+}
+
+// Tells a loss's launchers apart, and what else a device does differently.
+struct Cpu {
+  template <class Call>
+  static void launch(const Call& call) {
+    cpu::launch(call);
+  }
+  static void before_first_touch(void* data, int64_t bytes) {
+    cpu::use_huge_pages(data, bytes);
+  }
+};
+
+} // namespace lossops

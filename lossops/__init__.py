@@ -1,0 +1,13 @@
+"""Fused mean squared error and softmax cross-entropy for PyTorch.
+
+``lossops.cross_entropy``, ``lossops.mse_loss``, ``lossops.CrossEntropyLoss`` and ``lossops.MSELoss``
+take the place of their namesakes in ``torch.nn.functional`` and ``torch.nn``.
+"""
+
+from . import functional
+from ._C import __version__
+from .cross_entropy import CrossEntropyLoss
+from .functional import cross_entropy, mse_loss
+from .mse import MSELoss
+
+__all__ = ["CrossEntropyLoss", "MSELoss", "__version__", "cross_entropy", "functional", "mse_loss"]

@@ -1,0 +1,407 @@
+"""Mean squared error: reference, ops' meta implementations, autograd, function, module.
+
+``loss_i = w_i * (x_i - y_i)^2``, its mean (divided by the sum of the weights, if any) or its sum.
+The kernels are in ``csrc/cpu/mse.inl``; ``csrc/mse.h`` says what they compute.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _C  # noqa: F401  (registers the ops)
+from ._autograd import (
+    MEAN,
+    NONE,
+    SUM,
+    apply,
+    autocast_dtype,
+    differentiates_backward,
+    explain_bad_input,
+    records_gradient,
+    reduction_code,
+)
+
+_forward = torch.ops.lossops.mse_forward.default
+_jvp = torch.ops.lossops.mse_jvp.default
+_backward = torch.ops.lossops.mse_backward.default
+
+
+def mse_reference(
+    input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None
+) -> Tensor:
+    """Mean squared error in plain PyTorch: what the kernels compute, written to be read."""
+    squared = (input - target) ** 2
+    loss = squared if weight is None else weight * squared
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.mean() if weight is None else loss.sum() / weight.sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# Meta implementations
+
+
+def _check_like_input(op: str, input: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != input.shape:
+            raise RuntimeError(
+                f"{op}: expected {name} of shape {tuple(input.shape)} like input, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(f"{op}: expected {name} on {input.device} like input, got {tensor.device}")
+
+
+def _fake_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    loss = torch.empty_like(input, dtype=dtype) if reduction == NONE else input.new_empty((), dtype=dtype)
+    return loss, input.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("lossops::mse_forward")
+def _(input, target, weight, reduction, out_dtype):
+    _check_like_input("mse_loss", input, target=target, weight=weight)
+    return _fake_loss(input, reduction, out_dtype or _loss_dtype(input, target, weight))
+
+
+@torch.library.register_fake("lossops::mse_jvp")
+def _(input, target, weight, input_tangent, target_tangent, reduction, out_dtype):
+    _check_like_input("mse_jvp", input, target=target, weight=weight)
+    return _fake_loss(input, reduction, out_dtype or torch.promote_types(input.dtype, target.dtype))
+
+
+@torch.library.register_fake("lossops::mse_backward")
+def _(grad_loss, input, target, weight, normalizer, need_input, need_target):
+    _check_like_input("mse_backward", input, target=target, weight=weight)
+    grad_input = torch.empty_like(input) if need_input else input.new_empty((0,))
+    grad_target = torch.empty_like(target) if need_target else target.new_empty((0,))
+    return grad_input, grad_target
+
+
+# --------------------------------------------------------------------------------------------------
+# Autograd. The gradient 2*w*(x - y) is linear in x - y, so that each Function's derivatives are the
+# others with a direction in the place of x and y: every order stays on the fused kernels.
+
+
+class CompiledMSE(Function):
+    """(loss, normalizer) of input, target and weight, all of one shape, as torch.compile traces it:
+    Dynamo takes no Function with a jvp or vmap of its own."""
+
+    @staticmethod
+    def forward(input, target, weight, reduction, out_dtype):
+        return _forward(input, target, weight, reduction, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, weight, ctx.reduction, ctx.out_dtype = inputs
+        _, normalizer = output
+        ctx.mark_non_differentiable(normalizer)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, normalizer)
+        ctx.save_for_forward(input, target, weight, normalizer)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _normalizer):
+        if grad_loss is None:
+            return (None,) * 5
+        input, target, weight, normalizer = ctx.saved_tensors
+        need_input, need_target = ctx.needs_input_grad[:2]
+        if ctx.reduction != MEAN:
+            normalizer = None
+        if differentiates_backward():
+            grad = _divide(grad_loss, normalizer)
+            grads = apply(MSEBackward, grad, input, target, weight, need_input, need_target)
+        else:
+            grads = _backward(grad_loss, input, target, weight, normalizer, need_input, need_target)
+        return grads[0] if need_input else None, grads[1] if need_target else None, None, None, None
+
+
+class MSE(CompiledMSE):
+    """The same, for every transform."""
+
+    @staticmethod
+    def jvp(ctx, input_t, target_t, *_):
+        input, target, weight, normalizer = ctx.saved_tensors
+        if input_t is None and target_t is None:
+            return None, None
+        reduction = NONE if ctx.reduction == NONE else SUM
+        loss = _along(input, target, weight, input_t, target_t, reduction)
+        loss = _divide(loss, normalizer if ctx.reduction == MEAN else None)
+        return loss.to(ctx.out_dtype or _loss_dtype(input, target, weight)), None
+
+    @staticmethod
+    def vmap(info, in_dims, input, target, weight, reduction, out_dtype):
+        input, target, weight = _batch_first(info, in_dims, input, target, weight)
+        dtype = out_dtype or _loss_dtype(input, target, weight)
+        row_dtype = dtype if reduction == NONE else _accumulation(input, target)
+        loss, normalizer = apply(MSE, input, target, weight, NONE, row_dtype)
+        if reduction == NONE:
+            return (loss, normalizer), (0, None)
+        loss = loss.flatten(1).sum(1) if loss.dim() > 1 else loss
+        if weight is None:
+            samples = torch.full_like(loss, input[0].numel(), dtype=torch.float64)
+        else:
+            samples = weight.double().reshape(info.batch_size, -1).sum(1)
+        if reduction == MEAN:
+            loss = loss.double() / samples
+        return (loss.to(dtype), samples), (0, 0)
+
+
+class MSEBackward(Function):
+    """(2*g*w*(x - y), its negative), g a gradient for all elements (0-d) or for each."""
+
+    @staticmethod
+    def forward(grad_loss, input, target, weight, need_input, need_target):
+        return _backward(grad_loss, input, target, weight, None, need_input, need_target)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_loss, input, target, weight, *ctx.needs = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
+        ctx.save_for_backward(grad_loss, input, target, weight)
+        ctx.save_for_forward(grad_loss, input, target, weight)
+
+    @staticmethod
+    def backward(ctx, input_v, target_v):
+        if input_v is None and target_v is None:
+            return (None,) * 6
+        grad_loss, input, target, weight = ctx.saved_tensors
+        need_grad, need_input, need_target = ctx.needs_input_grad[:3]
+        to_grad_loss = None
+        if need_grad:
+            reduction = SUM if grad_loss.dim() == 0 else NONE
+            to_grad_loss = _along(input, target, weight, input_v, target_v, reduction).to(grad_loss.dtype)
+        v, u = _directions(input, target, input_v, target_v)
+        grads = apply(MSEBackward, grad_loss, v, u, weight, need_input, need_target)
+        return (
+            to_grad_loss,
+            grads[0] if need_input else None,
+            grads[1] if need_target else None,
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx, grad_loss_t, input_t, target_t, *_):
+        grad_loss, input, target, weight = ctx.saved_tensors
+        terms = []
+        if grad_loss_t is not None:
+            terms.append(apply(MSEBackward, grad_loss_t, input, target, weight, *ctx.needs))
+        if input_t is not None or target_t is not None:
+            v, u = _directions(input, target, input_t, target_t)
+            terms.append(apply(MSEBackward, grad_loss, v, u, weight, *ctx.needs))
+        return tuple(
+            sum(term[k] for term in terms) if need and terms else None for k, need in enumerate(ctx.needs)
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, grad_loss, input, target, weight, need_input, need_target):
+        if grad_loss.dim() - (in_dims[0] is not None) == 0 and in_dims[0] is not None:
+            shape = input.shape if in_dims[1] is None else input.movedim(in_dims[1], 0).shape[1:]
+            grad_loss = grad_loss.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
+        elif grad_loss.dim() > 0 or in_dims[0] is not None:
+            (grad_loss,) = _batch_first(info, in_dims[:1], grad_loss)
+        input, target, weight = _batch_first(info, in_dims[1:], input, target, weight)
+        grads = apply(MSEBackward, grad_loss, input, target, weight, need_input, need_target)
+        return grads, (0 if need_input else None, 0 if need_target else None)
+
+
+class MSEJvp(Function):
+    """2*w*(x - y)*(v - u), for each element or summed."""
+
+    @staticmethod
+    def forward(input, target, weight, input_t, target_t, reduction):
+        dtype = _accumulation(input, target)
+        return _jvp(input, target, weight, input_t, target_t, reduction, dtype)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.reduction = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 6
+        input, target, weight, v, u = ctx.saved_tensors
+        by_position = apply(MSEBackward, grad, v, u, weight, True, True)
+        by_direction = apply(MSEBackward, grad, input, target, weight, True, True)
+        return *by_position, None, *by_direction, None
+
+    @staticmethod
+    def jvp(ctx, input_t, target_t, weight_t, v_t, u_t, _):
+        input, target, weight, v, u = ctx.saved_tensors
+        result = None
+        if input_t is not None or target_t is not None:
+            result = _along(v, u, weight, input_t, target_t, ctx.reduction)
+        if v_t is not None or u_t is not None:
+            along = _along(input, target, weight, v_t, u_t, ctx.reduction)
+            result = along if result is None else result + along
+        return result
+
+    @staticmethod
+    def vmap(info, in_dims, input, target, weight, v, u, reduction):
+        tensors = _batch_first(info, in_dims, input, target, weight, v, u)
+        result = apply(MSEJvp, *tensors, NONE)
+        return (result.flatten(1).sum(1) if reduction == SUM and result.dim() > 1 else result), 0
+
+
+def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+
+
+def _accumulation(input: Tensor, target: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
+
+
+def _divide(x: Tensor, normalizer: Tensor | None) -> Tensor:
+    return x if normalizer is None else (x.double() / normalizer).to(x.dtype)
+
+
+def _directions(input: Tensor, target: Tensor, v: Tensor | None, u: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Directions of input and target, an absent one as a zero without memory of its own."""
+    if v is None:
+        v = torch.zeros((), dtype=input.dtype, device=input.device).expand(input.shape)
+    if u is None:
+        u = torch.zeros((), dtype=target.dtype, device=target.device).expand(target.shape)
+    return v, u
+
+
+def _along(
+    input: Tensor, target: Tensor, weight: Tensor | None, v: Tensor | None, u: Tensor | None, reduction: int
+) -> Tensor:
+    return apply(MSEJvp, input, target, weight, *_directions(input, target, v, u), reduction)
+
+
+def _batch_first(info: Any, in_dims: Sequence[int | None], *tensors: Tensor | None) -> list[Any]:
+    """The tensors with the vmapped dimension first, expanded where they have none."""
+    moved: list[Any] = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        if tensor is None:
+            moved.append(None)
+        elif dim is None:
+            moved.append(tensor.expand(info.batch_size, *tensor.shape))
+        else:
+            moved.append(tensor.movedim(dim, 0))
+    return moved
+
+
+# --------------------------------------------------------------------------------------------------
+# Function and module
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean squared error, as :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input, target: any shapes that broadcast (with torch's warning where they differ), any
+            strides; float16, bfloat16, float32 or float64. Integers are accepted as the target of
+            floating input, as torch's promotion has it.
+        size_average, reduce: deprecated, as in torch; given, they override ``reduction``.
+        reduction: ``"none"``, ``"mean"`` (over the elements, or over the sum of the weights) or
+            ``"sum"``.
+        weight: a weight for each element, of the input's shape. One that requires grad takes the
+            unreduced loss and torch's own product and sum.
+
+    Returns:
+        The loss in the promoted dtype (float32 under autocast): 0-d, or of the broadcast shape for
+        ``reduction="none"``. Computed in float32 (float64 where an operand is float64) and
+        rounded once.
+
+    Raises:
+        ValueError: an unknown reduction, or a weight whose shape is not the input's.
+        RuntimeError: shapes that do not broadcast, tensors on different devices.
+        NotImplementedError: integer, complex, sparse or other input that no kernel takes.
+        TypeError: not a tensor.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            mse_loss,
+            (input, target, weight),
+            input,
+            target,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            weight=weight,
+        )
+    code = reduction_code(reduction, size_average, reduce)
+    try:
+        shape = input.shape
+        if target.shape != shape:
+            warnings.warn(
+                f"Using a target size ({target.size()}) that is different to the input size "
+                f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+                "Please ensure they have the same size.",
+                stacklevel=2,
+            )
+            input, target = torch.broadcast_tensors(input, target)
+        if not target.is_floating_point() and input.is_floating_point() and not target.is_complex():
+            target = target.to(input.dtype)
+        out_dtype = autocast_dtype(input)
+        if weight is not None:
+            if weight.shape != shape:
+                raise ValueError(
+                    f"mse_loss: Weights and input must have the same size. Expected weight of shape "
+                    f"{tuple(shape)}, got {tuple(weight.shape)}"
+                )
+            if weight.requires_grad or (code == MEAN and input.shape != shape):
+                return _composed_weighted_mse(input, target, weight, code, out_dtype)
+            weight = weight.expand(input.shape)
+        args = input, target, weight, code, out_dtype
+        if torch.compiler.is_compiling():
+            return CompiledMSE.apply(*args)[0]
+        if records_gradient(input, target):
+            return apply(MSE, *args)[0]
+        return _forward(*args)[0]
+    except (AttributeError, TypeError, RuntimeError):
+        explain_bad_input(
+            "mse_loss", input=input, target=target, **({} if weight is None else {"weight": weight})
+        )
+        raise
+
+
+def _composed_weighted_mse(
+    input: Tensor, target: Tensor, weight: Tensor, reduction: int, out_dtype: torch.dtype | None
+) -> Tensor:
+    """A weight that gets a gradient, or a weighted mean over a broadcast input, whose divisor is
+    the sum of the weights as given: the unreduced loss, then torch's own product and sum."""
+    dtype = out_dtype or _loss_dtype(input, target, weight)
+    squared = apply(MSE, input, target, None, NONE, torch.promote_types(dtype, torch.float32))[0]
+    loss = weight * squared
+    if reduction != NONE:
+        loss = loss.sum()
+    if reduction == MEAN:
+        loss = loss / weight.sum(dtype=loss.dtype)
+    return loss.to(dtype)
+
+
+class MSELoss(torch.nn.MSELoss):
+    """:class:`torch.nn.MSELoss` on the fused kernels: same constructor and state.
+
+    Shapes, dtypes and errors are those of :func:`lossops.functional.mse_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse_loss(input, target, reduction=self.reduction)
