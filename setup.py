@@ -55,6 +55,7 @@ def extension():
                 "-fopenmp-simd",
                 "-fno-math-errno",  # never -ffast-math: NaN and infinity must behave
                 "-fno-trapping-math",
+                "-fno-loop-unroll-and-jam",  # it joins two classes of a tile and drops the vectors
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wno-unknown-pragmas",

@@ -17,14 +17,14 @@ class Operands {
   Operands(const char* op, Tensor logits_, Tensor target_, std::optional<Tensor> weight_,
            int64_t ignore_index, double label_smoothing)
       : logits(std::move(logits_)), target(std::move(target_)), weight(std::move(weight_)), op_(op) {
-    check(logits.dim() >= 1, op,
-          ": expected logits of shape (C), (N, C) or (N, C, d1, ...), got a 0-d tensor");
+    LOSSOPS_CHECK(logits.dim() >= 1, op,
+                  ": expected logits of shape (C), (N, C) or (N, C, d1, ...), got a 0-d tensor");
     class_dim_ = logits.dim() == 1 ? 0 : 1;
     row_shape = sizes_of(logits);
-    row_shape.erase(row_shape.begin() + class_dim_);
+    row_shape.erase(class_dim_);
     problem_.classes = logits.size(class_dim_);
-    check(0 <= label_smoothing && label_smoothing <= 1, op,
-          ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+    LOSSOPS_CHECK(0 <= label_smoothing && label_smoothing <= 1, op,
+                  ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
     problem_.label_smoothing = label_smoothing;
     problem_.ignore_index = ignore_index;
     const DType logits_dtype = dtype_of(logits, op, "logits");
@@ -54,15 +54,15 @@ class Operands {
   ClassTensor class_tensor(const Tensor& t, CrossEntropyOperand operand, DType dtype) {
     Sizes strides = strides_of(t);
     const int64_t class_stride = problem_.classes == 1 ? 1 : strides[class_dim_];
-    strides.erase(strides.begin() + class_dim_);
+    strides.erase(class_dim_);
     set_strides(strides, operand);
     return {t.data_ptr(), dtype, class_stride};
   }
   // Allocates the gradients that are wanted; one that is not is an empty tensor.
   template <class Device>
   std::tuple<Tensor, Tensor> take_gradients(CrossEntropyBackward& call, bool need_logits, bool need_target) {
-    check(!need_target || !index_target, op_,
-          ": expected need_target=False for class indices, which have no gradient");
+    LOSSOPS_CHECK(!need_target || !index_target, op_,
+                  ": expected need_target=False for class indices, which have no gradient");
     const auto gradient = [&](bool need, const Tensor& of, CrossEntropyOperand operand, ClassTensor& out) {
       if (!need) return empty({0}, of.scalar_type(), of);
       Tensor t = empty_elementwise<Device>(of, of.scalar_type());
@@ -99,27 +99,27 @@ class Operands {
                         : dtype == DType::i32 ? static_cast<const int32_t*>(data)[row]
                                               : static_cast<const uint8_t*>(data)[row];
       if (y == problem_.ignore_index || (0 <= y && y < problem_.classes)) continue;
-      check<IndexError>(false, op_, ": Target ", y, " is out of bounds: row ", place(row),
-                        " of the target needs a class index from 0 to C-1 for C = ", problem_.classes,
-                        " or ignore_index (", problem_.ignore_index, ")");
+      LOSSOPS_CHECK_AS(IndexError, false, op_, ": Target ", y, " is out of bounds: row ", place(row),
+                       " of the target needs a class index from 0 to C-1 for C = ", problem_.classes,
+                       " or ignore_index (", problem_.ignore_index, ")");
     }
   }
 
  private:
   // One upstream gradient for all rows (0-d: strides stay 0) or one a row.
   const void* grad_loss_pointer(const Tensor& grad) {
-    check(grad.dim() == 0 || sizes_of(grad) == row_shape, op_, ": expected grad_loss of shape () or ",
-          shape(row_shape), ", got ", shape(sizes_of(grad)));
+    LOSSOPS_CHECK(grad.dim() == 0 || sizes_of(grad) == row_shape, op_, ": expected grad_loss of shape () or ",
+                  row_shape, ", got ", sizes_of(grad));
     check_same_device(grad, logits, op_, "grad_loss");
     set_strides(strides_of(grad), kGradLoss);
     return grad.data_ptr();
   }
   void* stats_pointer(const Tensor& t) {
     Sizes expected = row_shape;
-    expected.insert(expected.begin(), stat_rows());
-    check(sizes_of(t) == expected && t.scalar_type() == accumulation(), op_,
-          ": expected the stats that cross_entropy_forward returned, of shape ", shape(expected), ", got ",
-          shape(sizes_of(t)));
+    expected.insert_first(stat_rows());
+    LOSSOPS_CHECK(sizes_of(t) == expected && t.scalar_type() == accumulation(), op_,
+                  ": expected the stats that cross_entropy_forward returned, of shape ", expected, ", got ",
+                  sizes_of(t));
     check_same_device(t, logits, op_, "stats");
     stats_ = t.is_contiguous() ? t : torch::stable::contiguous(t); // O(N): a transform moved the batch
     return stats_.data_ptr();
@@ -127,39 +127,40 @@ class Operands {
   void check_index_target() {
     const Sizes got = sizes_of(target);
     const auto words = [&] {
-      return std::string(op_) + ": expected target of shape " + shape(row_shape) + " for logits of shape " +
-             shape(sizes_of(logits)) + ", got " + shape(got);
+      return sentence(op_, ": expected target of shape ", row_shape, " for logits of shape ",
+                      sizes_of(logits), ", got ", got);
     };
     if (logits.dim() == 1) {
-      check<ValueError>(got.empty() || (got.size() == 1 && got[0] == 1), words(),
-                        ". For 1D input, 1D target must have size 1");
+      LOSSOPS_CHECK_AS(ValueError, got.empty() || (got.size() == 1 && got[0] == 1), words(),
+                       ". For 1D input, 1D target must have size 1");
       if (!got.empty()) row_shape = got; // torch takes (1,) for () and gives (1,) back
     } else if (got.empty() || got[0] != row_shape[0]) {
-      check<ValueError>(false, words(), ". Expected input batch_size (", row_shape[0],
-                        ") to match target batch_size (", got.empty() ? 0 : got[0], ").");
+      LOSSOPS_CHECK_AS(ValueError, false, words(), ". Expected input batch_size (", row_shape[0],
+                       ") to match target batch_size (", got.empty() ? 0 : got[0], ").");
     }
-    check(got == row_shape, words(),
-          row_shape.size() == 1 ? ". 0D or 1D target tensor expected, multi-target not supported" : "");
-    check(!is_floating(target), op_,
-          ": expected target dtype to be Long, Int or Byte for class indices of shape ", shape(got), ", got ",
-          torch::headeronly::toString(target.scalar_type()),
-          "; class probabilities need the shape of the logits, ", shape(sizes_of(logits)));
+    LOSSOPS_CHECK(
+        got == row_shape, words(),
+        row_shape.size() == 1 ? ". 0D or 1D target tensor expected, multi-target not supported" : "");
+    LOSSOPS_CHECK(!is_floating(target), op_,
+                  ": expected target dtype to be Long, Int or Byte for class indices of shape ", got,
+                  ", got ", torch::headeronly::toString(target.scalar_type()),
+                  "; class probabilities need the shape of the logits, ", sizes_of(logits));
   }
 
   void check_probabilities() {
-    check(is_floating(target), op_,
-          ": Expected floating point type for target with class probabilities, got ",
-          torch::headeronly::toString(target.scalar_type()));
-    check(problem_.ignore_index < 0, op_,
-          ": ignore_index is not supported for floating point target, got ignore_index ",
-          problem_.ignore_index);
+    LOSSOPS_CHECK(is_floating(target), op_,
+                  ": Expected floating point type for target with class probabilities, got ",
+                  torch::headeronly::toString(target.scalar_type()));
+    LOSSOPS_CHECK(problem_.ignore_index < 0, op_,
+                  ": ignore_index is not supported for floating point target, got ignore_index ",
+                  problem_.ignore_index);
   }
 
   void take_weight() {
     if (!weight) return;
-    check(weight->dim() == 1 && weight->numel() == problem_.classes, op_,
-          ": weight tensor should be defined either for all ", problem_.classes,
-          " classes or no classes but got weight tensor of shape: ", shape(sizes_of(*weight)));
+    LOSSOPS_CHECK(weight->dim() == 1 && weight->numel() == problem_.classes, op_,
+                  ": weight tensor should be defined either for all ", problem_.classes,
+                  " classes or no classes but got weight tensor of shape: ", sizes_of(*weight));
     check_same_device(*weight, logits, op_, "weight");
     dtype_of(*weight, op_, "weight");
     // C values against N x C logits: the kernels read them in the type they compute in.
@@ -168,8 +169,8 @@ class Operands {
   }
 
   void lay_out_rows() {
-    check(row_shape.size() <= size_t{kMaxDims}, op_, ": expected logits of at most ", kMaxDims + 1,
-          " dimensions, got ", logits.dim());
+    LOSSOPS_CHECK(row_shape.size() <= kMaxDims, op_, ": expected logits of at most ", kMaxDims + 1,
+                  " dimensions, got ", logits.dim());
     problem_.rows.dims = static_cast<int>(row_shape.size());
     std::copy(row_shape.begin(), row_shape.end(), problem_.rows.size);
     set_strides(contiguous_strides(row_shape), kRow);
@@ -179,10 +180,11 @@ class Operands {
     std::copy(strides.begin(), strides.end(), problem_.rows.stride[operand]);
   }
 
+  // A row as its index into the target: 3, or (0, 12, 7) where rows have more dimensions.
   std::string place(int64_t row) const {
-    Sizes index(row_shape.size());
-    for (size_t d = row_shape.size(); d-- > 0; row /= row_shape[d]) index[d] = row % row_shape[d];
-    return index.size() == 1 ? std::to_string(index[0]) : shape(index);
+    Sizes index = row_shape;
+    for (int d = row_shape.size(); d-- > 0; row /= row_shape[d]) index[d] = row % row_shape[d];
+    return index.size() == 1 ? std::to_string(index[0]) : sentence(index);
   }
 
   const char* op_;
@@ -212,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
   const ScalarType loss_dtype = out_dtype.value_or(
       operands.index_target ? logits.scalar_type() : promote(logits.scalar_type(), target.scalar_type()));
   Sizes stats_shape = operands.row_shape;
-  stats_shape.insert(stats_shape.begin(), operands.stat_rows());
+  stats_shape.insert_first(operands.stat_rows());
   Tensor loss = empty(call.reduction == Reduction::none ? operands.row_shape : Sizes{}, loss_dtype, logits);
   Tensor stats = empty(stats_shape, operands.accumulation(), logits);
   Tensor normalizer = empty({}, ScalarType::Double, logits);
@@ -246,8 +248,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward_backward(
     Tensor stats, int64_t ignore_index, double label_smoothing, bool need_logits, bool need_target) {
   constexpr const char* op = "cross_entropy_backward_backward";
   Operands operands(op, logits, target, weight, ignore_index, label_smoothing);
-  check(sizes_of(tangent) == sizes_of(logits), op, ": expected tangent of the logits' shape ",
-        shape(sizes_of(logits)), ", got ", shape(sizes_of(tangent)));
+  LOSSOPS_CHECK(sizes_of(tangent) == sizes_of(logits), op, ": expected tangent of the logits' shape ",
+                sizes_of(logits), ", got ", sizes_of(tangent));
   check_same_device(tangent, logits, op, "tangent");
   CrossEntropyBackwardBackward call;
   const auto [grad_logits, grad_target] = operands.take_gradients<Device>(call, need_logits, need_target);

@@ -10,15 +10,15 @@ namespace {
 class Operands {
  public:
   Operands(const char* op, const Tensor& input) : op_(op), input_(input), sizes_(sizes_of(input)) {
-    check(sizes_.size() <= size_t{kMaxDims}, op_, ": expected input of at most ", kMaxDims,
-          " dimensions, got ", sizes_.size());
+    LOSSOPS_CHECK(sizes_.size() <= kMaxDims, op_, ": expected input of at most ", kMaxDims,
+                  " dimensions, got ", sizes_.size());
     elements_.dims = static_cast<int>(sizes_.size());
     std::copy(sizes_.begin(), sizes_.end(), elements_.size);
   }
 
   Elements take(const Tensor& t, MSEOperand operand, const char* name) {
-    check(sizes_of(t) == sizes_, op_, ": expected ", name, " of shape ", shape(sizes_), " like input, got ",
-          shape(sizes_of(t)));
+    LOSSOPS_CHECK(sizes_of(t) == sizes_, op_, ": expected ", name, " of shape ", sizes_, " like input, got ",
+                  sizes_of(t));
     check_same_device(t, input_, op_, name);
     const Sizes strides = strides_of(t);
     std::copy(strides.begin(), strides.end(), elements_.stride[operand]);

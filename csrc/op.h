@@ -11,7 +11,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/memory.h"
 #include "layout.h"
@@ -26,33 +25,93 @@ using RuntimeError = std::runtime_error;
 using ValueError = std::invalid_argument;
 using IndexError = std::out_of_range;
 
-template <class Error = RuntimeError, class... Parts>
-inline void check(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
+template <class... Parts>
+std::string sentence(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
 
-using Sizes = std::vector<int64_t>;
+// A macro, so that the sentence is only written when it is needed: small calls count microseconds.
+#define LOSSOPS_CHECK_AS(ERROR, HOLDS, ...)           \
+  do {                                                \
+    if (!(HOLDS)) throw ERROR(sentence(__VA_ARGS__)); \
+  } while (false)
+#define LOSSOPS_CHECK(HOLDS, ...) LOSSOPS_CHECK_AS(RuntimeError, HOLDS, __VA_ARGS__)
+
+// Sizes or strides of a tensor, without an allocation.
+class Sizes {
+ public:
+  Sizes() = default;
+  Sizes(std::initializer_list<int64_t> values) {
+    for (const int64_t v : values) values_[count_++] = v;
+  }
+  Sizes(const int64_t* values, int64_t count) : count_(static_cast<int>(count)) {
+    LOSSOPS_CHECK(count < kCapacity, "lossops: expected tensors of at most ", kCapacity - 1,
+                  " dimensions, got ", count);
+    std::copy(values, values + count, values_);
+  }
+  void insert_first(int64_t value) {
+    std::copy_backward(values_, values_ + count_, values_ + count_ + 1);
+    values_[0] = value;
+    ++count_;
+  }
+  void erase(int64_t dim) {
+    std::copy(values_ + dim + 1, values_ + count_, values_ + dim);
+    --count_;
+  }
+  int size() const {
+    return count_;
+  }
+  bool empty() const {
+    return count_ == 0;
+  }
+  const int64_t* begin() const {
+    return values_;
+  }
+  const int64_t* end() const {
+    return values_ + count_;
+  }
+  const int64_t* data() const {
+    return values_;
+  }
+  int64_t operator[](int64_t d) const {
+    return values_[d];
+  }
+  int64_t& operator[](int64_t d) {
+    return values_[d];
+  }
+  bool operator==(const Sizes& other) const {
+    return count_ == other.count_ && std::equal(values_, values_ + count_, other.values_);
+  }
+  bool operator!=(const Sizes& other) const {
+    return !(*this == other);
+  }
+  // As Python writes a shape: (8, 10), (8,), ().
+  friend std::ostream& operator<<(std::ostream& out, const Sizes& s) {
+    out << '(';
+    for (int d = 0; d < s.count_; ++d) out << (d == 0 ? "" : ", ") << s[d];
+    return out << (s.count_ == 1 ? ",)" : ")");
+  }
+
+  // The kernels' dimensions, a class dimension, and the row of stats that the rows gain.
+  static constexpr int kCapacity = kMaxDims + 2;
+
+ private:
+  int64_t values_[kCapacity] = {};
+  int count_ = 0;
+};
 
 inline Sizes sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return Sizes(sizes.begin(), sizes.end());
+  int64_t* sizes = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+  return Sizes(sizes, t.dim());
 }
 
 inline Sizes strides_of(const Tensor& t) {
-  const auto strides = t.strides();
-  return Sizes(strides.begin(), strides.end());
-}
-
-// As Python writes a shape: (8, 10), (8,), ().
-inline std::string shape(const Sizes& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (size_t d = 0; d < sizes.size(); ++d) text << (d == 0 ? "" : ", ") << sizes[d];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  return Sizes(strides, t.dim());
 }
 
 inline DType dtype_of(const Tensor& t, const char* op, const char* name, bool index = false) {
@@ -72,9 +131,10 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* name, bool in
       break;
     default: break;
   }
-  check(false, op, ": expected ", name, " of dtype ",
-        index ? "uint8, int32, int64 or a floating point type" : "float16, bfloat16, float32 or float64",
-        ", got ", torch::headeronly::toString(t.scalar_type()));
+  LOSSOPS_CHECK(
+      false, op, ": expected ", name, " of dtype ",
+      index ? "uint8, int32, int64 or a floating point type" : "float16, bfloat16, float32 or float64",
+      ", got ", torch::headeronly::toString(t.scalar_type()));
   return DType::f32;
 }
 
@@ -91,14 +151,14 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
 }
 
 inline Reduction reduction_of(int64_t reduction, const char* op) {
-  check<ValueError>(0 <= reduction && reduction <= 2, op,
-                    ": expected reduction 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  LOSSOPS_CHECK_AS(ValueError, 0 <= reduction && reduction <= 2, op,
+                   ": expected reduction 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   return static_cast<Reduction>(reduction);
 }
 
 inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
-  check(t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(), op,
-        ": expected ", name, " on the device of the first argument, got another device");
+  LOSSOPS_CHECK(t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(), op,
+                ": expected ", name, " on the device of the first argument, got another device");
 }
 
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like) {
@@ -113,9 +173,9 @@ inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType
 }
 
 inline Sizes contiguous_strides(const Sizes& sizes) {
-  Sizes strides(sizes.size());
+  Sizes strides = sizes;
   int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
+  for (int d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<int64_t>(1, sizes[d]);
   }
@@ -139,8 +199,8 @@ Tensor empty_elementwise(const Tensor& t, ScalarType dtype) {
 inline const double* normalizer_pointer(const std::optional<Tensor>& normalizer, const Tensor& like,
                                         const char* op) {
   if (!normalizer) return nullptr;
-  check(normalizer->dim() == 0 && normalizer->scalar_type() == ScalarType::Double, op,
-        ": expected normalizer to be a 0-d float64 tensor, got shape ", shape(sizes_of(*normalizer)));
+  LOSSOPS_CHECK(normalizer->dim() == 0 && normalizer->scalar_type() == ScalarType::Double, op,
+                ": expected normalizer to be a 0-d float64 tensor, got shape ", sizes_of(*normalizer));
   check_same_device(*normalizer, like, op, "normalizer");
   return static_cast<const double*>(normalizer->data_ptr());
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ NONE, MEAN, SUM = 0, 1, 2
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 _transforms_active = torch._C._are_functorch_transforms_active
-_unwrap_dead_wrappers = torch._functorch.utils.unwrap_dead_wrappers
+_is_dead_wrapper = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 
 
 def reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
@@ -26,21 +27,34 @@ def reduction_code(reduction: str, size_average: bool | None, reduce: bool | Non
     return code
 
 
-def apply(function: type[Function], *args: Any) -> Any:
-    """`function.apply(*args)` without the 30 us that torch spends on binding the signature.
+def run(
+    eager: type[Function],
+    general: type[Function],
+    op: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    args: Any,
+) -> Tensor:
+    """A loss by the shortest way that the surroundings allow; `args` are those of all three ways.
 
-    torch.func's transforms need the full `apply`; otherwise this does what it does after binding.
+    `general` serves torch.func and forward-mode AD. `eager` is enough for everything else: one
+    output, no `setup_context` (whose signature binding costs 30 us), and Dynamo traces it, as it
+    does no Function with a `jvp` or `vmap` of its own. Without a gradient to record, the op itself.
     """
-    if _transforms_active():
-        return function.apply(*args)
-    return super(Function, function).apply(*_unwrap_dead_wrappers(args))  # type: ignore[misc]
-
-
-def records_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a call has to go through an autograd.Function at all."""
+    if torch.compiler.is_compiling():
+        return eager.apply(*args)
     if _transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return general.apply(*args)[0]
+    for tensor in tensors:
+        if tensor.requires_grad and torch.is_grad_enabled():
+            if any(map(_is_dead_wrapper, tensors)):  # as Function.apply does; rare
+                return eager.apply(*args)
+            return super(Function, eager).apply(*args)  # type: ignore[misc]
+    return op(*args)[0]
+
+
+def may_be_differentiated(weight: Tensor) -> bool:
+    """Whether a weight may need a derivative: forward mode does not show in `requires_grad`."""
+    return weight.requires_grad or _transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiates_backward() -> bool:
@@ -81,9 +95,6 @@ def vmap_by_loop(function: type[Function], info: Any, in_dims: tuple[Any, ...], 
     results = []
     for i in range(info.batch_size):
         results.append(
-            apply(
-                function,
-                *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)),
-            )
+            function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
         )
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])

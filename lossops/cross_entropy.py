@@ -23,12 +23,12 @@ from . import _C  # noqa: F401  (registers the ops)
 from ._autograd import (
     MEAN,
     NONE,
-    apply,
     autocast_dtype,
     differentiates_backward,
     explain_bad_input,
-    records_gradient,
+    may_be_differentiated,
     reduction_code,
+    run,
     vmap_by_loop,
 )
 
@@ -38,6 +38,11 @@ _backward_backward = torch.ops.lossops.cross_entropy_backward_backward.default
 
 # Class probabilities have no ignored rows; the ops want an ignore_index that says so.
 _NO_IGNORE = -100
+
+_NO_WEIGHT_DERIVATIVE = (
+    "cross_entropy: is not differentiable with respect to argument 'weight' for class indices. "
+    "This input cannot have requires_grad True."
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,9 +229,45 @@ def _(
 # target are the loss and its gradient again, with the direction in the target's place.
 
 
-class CompiledCrossEntropy(Function):
-    """(loss, stats, normalizer) of logits, target, weight and options, as torch.compile traces it:
-    Dynamo takes no Function with a jvp or vmap of its own."""
+def _loss_backward(ctx, grad_loss, logits, target, weight, stats, normalizer):
+    need_logits, need_target = ctx.needs_input_grad[:2]
+    options = *ctx.options, need_logits, need_target
+    if differentiates_backward():
+        rows = grad_loss if normalizer is None else (grad_loss.double() / normalizer).to(stats.dtype)
+        rows = rows.expand(stats.shape[1:])
+        grads = CrossEntropyBackward.apply(rows, logits, target, weight, stats, *options)
+    else:
+        grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options)
+    return (
+        grads[0] if need_logits else None,
+        grads[1] if need_target else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+class EagerCrossEntropy(Function):
+    """The loss of logits, target, weight and options, outside torch.func."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
+        loss, stats, normalizer = _forward(
+            logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype
+        )
+        ctx.save_for_backward(logits, target, weight, stats, normalizer if reduction == MEAN else None)
+        ctx.options = ignore_index, label_smoothing
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return _loss_backward(ctx, grad_loss, *ctx.saved_tensors)
+
+
+class CrossEntropy(Function):
+    """(loss, stats, normalizer) of logits, target, weight and options, for every transform."""
 
     @staticmethod
     def forward(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
@@ -234,8 +275,8 @@ class CompiledCrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, ctx.reduction, ctx.ignore_index, ctx.label_smoothing, ctx.out_dtype = inputs
-        _loss, stats, normalizer = output
+        logits, target, weight, ctx.reduction, *ctx.options, ctx.out_dtype = inputs
+        _, stats, normalizer = output
         ctx.mark_non_differentiable(stats, normalizer)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, stats, normalizer)
@@ -243,45 +284,27 @@ class CompiledCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _stats, _normalizer):
-        need_logits, need_target = ctx.needs_input_grad[:2]
         if grad_loss is None:
             return (None,) * 7
         logits, target, weight, stats, normalizer = ctx.saved_tensors
         if ctx.reduction != MEAN:
             normalizer = None
-        options = ctx.ignore_index, ctx.label_smoothing, need_logits, need_target
-        if differentiates_backward():
-            rows = grad_loss if normalizer is None else (grad_loss.double() / normalizer).to(stats.dtype)
-            rows = rows.expand(stats.shape[1:])
-            grads = apply(CrossEntropyBackward, rows, logits, target, weight, stats, *options)
-        else:
-            grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options)
-        return (
-            grads[0] if need_logits else None,
-            grads[1] if need_target else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-class CrossEntropy(CompiledCrossEntropy):
-    """The same, for every transform."""
+        return _loss_backward(ctx, grad_loss, logits, target, weight, stats, normalizer)
 
     @staticmethod
     def jvp(ctx, logits_t, target_t, weight_t, *_):
+        if weight_t is not None:
+            raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
         logits, target, weight, stats, normalizer = ctx.saved_tensors
         rows = None
         if logits_t is not None:
             ones = torch.ones((), dtype=stats.dtype, device=stats.device).expand(stats.shape[1:])
-            options = ctx.ignore_index, ctx.label_smoothing, False, False
-            rows = apply(
-                CrossEntropyBackwardBackward, logits_t, ones, logits, target, weight, stats, *options
+            options = *ctx.options, False, False
+            rows = CrossEntropyBackwardBackward.apply(
+                logits_t, ones, logits, target, weight, stats, *options
             )[0]
         if target_t is not None:
-            along = _loss_along(logits, target_t, weight, stats.dtype)[0] * (1 - ctx.label_smoothing)
+            along = _loss_along(logits, target_t, weight, stats.dtype)[0] * (1 - ctx.options[1])
             rows = along if rows is None else rows + along
         if rows is None:
             return None, None, None
@@ -300,8 +323,8 @@ class CrossEntropy(CompiledCrossEntropy):
             return vmap_by_loop(CrossEntropy, info, in_dims, args)
         # Rows in the accumulation type: reduced here, they are rounded once as in the op.
         row_dtype = out_dtype if reduction == NONE else _accumulation(logits, target)
-        loss, stats, normalizer = apply(
-            CrossEntropy, fold.logits, fold.target, weight, NONE, *options, row_dtype
+        loss, stats, normalizer = CrossEntropy.apply(
+            fold.logits, fold.target, weight, NONE, *options, row_dtype
         )
         if reduction == NONE:
             normalizer = normalizer.expand(info.batch_size)
@@ -344,8 +367,8 @@ class CrossEntropyBackward(Function):
         to_grad_loss = to_logits = to_target = None
         if logits_v is not None:
             options = ctx.ignore_index, ctx.label_smoothing, need_logits, need_target
-            to_grad_loss, to_logits, to_target = apply(
-                CrossEntropyBackwardBackward, logits_v, grad_loss, logits, target, weight, stats, *options
+            to_grad_loss, to_logits, to_target = CrossEntropyBackwardBackward.apply(
+                logits_v, grad_loss, logits, target, weight, stats, *options
             )
         if target_v is not None:
             keep = 1 - ctx.label_smoothing
@@ -369,10 +392,10 @@ class CrossEntropyBackward(Function):
         options = ctx.ignore_index, ctx.label_smoothing, *ctx.needs
         terms: list[tuple[Any, ...]] = []
         if grad_loss_t is not None:
-            terms.append(apply(CrossEntropyBackward, grad_loss_t, logits, target, weight, stats, *options))
+            terms.append(CrossEntropyBackward.apply(grad_loss_t, logits, target, weight, stats, *options))
         if logits_t is not None:
             args = logits_t, grad_loss, logits, target, weight, stats, *options
-            terms.append(apply(CrossEntropyBackwardBackward, *args)[1:])
+            terms.append(CrossEntropyBackwardBackward.apply(*args)[1:])
         if target_t is not None and ctx.needs[0]:
             stats_t = _loss_along(logits, target_t, weight, stats.dtype)[1]
             scaled = grad_loss * (1 - ctx.label_smoothing)
@@ -389,7 +412,7 @@ class CrossEntropyBackward(Function):
                 CrossEntropyBackward, info, in_dims, (grad_loss, logits, target, weight, stats, *options)
             )
         grad_loss, stats = fold.last(grad_loss, in_dims[0]), fold.last(stats, in_dims[4])
-        grads = apply(CrossEntropyBackward, grad_loss, fold.logits, fold.target, weight, stats, *options)
+        grads = CrossEntropyBackward.apply(grad_loss, fold.logits, fold.target, weight, stats, *options)
         return grads, fold.gradient_dims(*options[2:])
 
 
@@ -464,8 +487,7 @@ class CrossEntropyBackwardBackward(Function):
         if fold is None:
             args = tangent, grad_loss, logits, target, weight, stats, *options
             return vmap_by_loop(CrossEntropyBackwardBackward, info, in_dims, args)
-        results = apply(
-            CrossEntropyBackwardBackward,
+        results = CrossEntropyBackwardBackward.apply(
             fold.classes(tangent, in_dims[0]),
             fold.last(grad_loss, in_dims[1]),
             fold.logits,
@@ -487,7 +509,7 @@ def _loss_along(
     logits: Tensor, direction: Tensor, weight: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row with a direction of the target's space as its target, and its stats."""
-    loss, stats, _ = apply(CrossEntropy, logits, direction, weight, NONE, _NO_IGNORE, 0.0, dtype)
+    loss, stats, _ = CrossEntropy.apply(logits, direction, weight, NONE, _NO_IGNORE, 0.0, dtype)
     return loss, stats
 
 
@@ -495,7 +517,7 @@ def _gradient_along(
     grad_loss: Tensor, logits: Tensor, direction: Tensor, weight: Tensor | None, stats: Tensor
 ) -> Tensor:
     options = _NO_IGNORE, 0.0, True, False
-    return apply(CrossEntropyBackward, grad_loss, logits, direction, weight, stats, *options)[0]
+    return CrossEntropyBackward.apply(grad_loss, logits, direction, weight, stats, *options)[0]
 
 
 class _Fold:
@@ -566,7 +588,8 @@ def cross_entropy(
         target: class indices (int64, int32 or uint8) of the input's shape without ``C``, or class
             probabilities (any of the input's dtypes) of the input's shape.
         weight: a weight for each class, shape ``(C)``; any floating dtype. With probabilities it
-            may require a gradient, at the price of a weighted copy of the target.
+            may require a gradient, at the price of a weighted copy of the target (made under
+            torch.func and forward-mode AD too, where a weight may have a derivative unseen).
         size_average, reduce: deprecated, as in torch; given, they override ``reduction``.
         ignore_index: a class index whose rows add nothing to loss or gradient.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets for indices, over the
@@ -603,14 +626,10 @@ def cross_entropy(
     code = reduction_code(reduction, size_average, reduce)
     try:
         out_dtype = autocast_dtype(input)
-        if weight is not None and weight.requires_grad:
+        if weight is not None and may_be_differentiated(weight):
             target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
-        if torch.compiler.is_compiling():
-            return CompiledCrossEntropy.apply(*args)[0]
-        if records_gradient(input, target):
-            return apply(CrossEntropy, *args)[0]
-        return _forward(*args)[0]
+        return run(EagerCrossEntropy, CrossEntropy, _forward, (input, target), args)
     except (AttributeError, TypeError, RuntimeError):
         explain_bad_input(
             "cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight})
@@ -620,17 +639,15 @@ def cross_entropy(
 
 def _weighted_target(
     input: Tensor, target: Tensor, weight: Tensor, label_smoothing: float
-) -> tuple[Tensor, None, float]:
-    """The class weights moved into a probability target, through which they get their gradient."""
-    if target.shape != input.shape or not target.is_floating_point():
-        raise RuntimeError(
-            "cross_entropy: is not differentiable with respect to argument 'weight' for class indices. "
-            "This input cannot have requires_grad True."
-        )
-    t = _per_class(weight, input) * (
-        (1 - label_smoothing) * target + label_smoothing / input.size(_class_dim(input))
-    )
-    return t, None, 0.0
+) -> tuple[Tensor, Tensor | None, float]:
+    """Class weights that may need a derivative, moved into a probability target to get it there."""
+    if target.shape == input.shape and target.is_floating_point():
+        classes = input.size(_class_dim(input))
+        t = _per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / classes)
+        return t, None, 0.0
+    if weight.requires_grad:
+        raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
+    return target, weight, label_smoothing
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

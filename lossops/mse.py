@@ -20,12 +20,12 @@ from ._autograd import (
     MEAN,
     NONE,
     SUM,
-    apply,
     autocast_dtype,
     differentiates_backward,
     explain_bad_input,
-    records_gradient,
+    may_be_differentiated,
     reduction_code,
+    run,
 )
 
 _forward = torch.ops.lossops.mse_forward.default
@@ -92,9 +92,32 @@ def _(grad_loss, input, target, weight, normalizer, need_input, need_target):
 # others with a direction in the place of x and y: every order stays on the fused kernels.
 
 
-class CompiledMSE(Function):
-    """(loss, normalizer) of input, target and weight, all of one shape, as torch.compile traces it:
-    Dynamo takes no Function with a jvp or vmap of its own."""
+def _loss_backward(ctx, grad_loss, input, target, weight, normalizer):
+    need_input, need_target = ctx.needs_input_grad[:2]
+    if differentiates_backward():
+        grad = _divide(grad_loss, normalizer)
+        grads = MSEBackward.apply(grad, input, target, weight, need_input, need_target)
+    else:
+        grads = _backward(grad_loss, input, target, weight, normalizer, need_input, need_target)
+    return grads[0] if need_input else None, grads[1] if need_target else None, None, None, None
+
+
+class EagerMSE(Function):
+    """The loss of input, target and weight, all of one shape, outside torch.func."""
+
+    @staticmethod
+    def forward(ctx, input, target, weight, reduction, out_dtype):
+        loss, normalizer = _forward(input, target, weight, reduction, out_dtype)
+        ctx.save_for_backward(input, target, weight, normalizer if reduction == MEAN else None)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return _loss_backward(ctx, grad_loss, *ctx.saved_tensors)
+
+
+class MSE(Function):
+    """(loss, normalizer) of input, target and weight, all of one shape, for every transform."""
 
     @staticmethod
     def forward(input, target, weight, reduction, out_dtype):
@@ -114,19 +137,9 @@ class CompiledMSE(Function):
         if grad_loss is None:
             return (None,) * 5
         input, target, weight, normalizer = ctx.saved_tensors
-        need_input, need_target = ctx.needs_input_grad[:2]
         if ctx.reduction != MEAN:
             normalizer = None
-        if differentiates_backward():
-            grad = _divide(grad_loss, normalizer)
-            grads = apply(MSEBackward, grad, input, target, weight, need_input, need_target)
-        else:
-            grads = _backward(grad_loss, input, target, weight, normalizer, need_input, need_target)
-        return grads[0] if need_input else None, grads[1] if need_target else None, None, None, None
-
-
-class MSE(CompiledMSE):
-    """The same, for every transform."""
+        return _loss_backward(ctx, grad_loss, input, target, weight, normalizer)
 
     @staticmethod
     def jvp(ctx, input_t, target_t, *_):
@@ -143,7 +156,7 @@ class MSE(CompiledMSE):
         input, target, weight = _batch_first(info, in_dims, input, target, weight)
         dtype = out_dtype or _loss_dtype(input, target, weight)
         row_dtype = dtype if reduction == NONE else _accumulation(input, target)
-        loss, normalizer = apply(MSE, input, target, weight, NONE, row_dtype)
+        loss, normalizer = MSE.apply(input, target, weight, NONE, row_dtype)
         if reduction == NONE:
             return (loss, normalizer), (0, None)
         loss = loss.flatten(1).sum(1) if loss.dim() > 1 else loss
@@ -182,7 +195,7 @@ class MSEBackward(Function):
             reduction = SUM if grad_loss.dim() == 0 else NONE
             to_grad_loss = _along(input, target, weight, input_v, target_v, reduction).to(grad_loss.dtype)
         v, u = _directions(input, target, input_v, target_v)
-        grads = apply(MSEBackward, grad_loss, v, u, weight, need_input, need_target)
+        grads = MSEBackward.apply(grad_loss, v, u, weight, need_input, need_target)
         return (
             to_grad_loss,
             grads[0] if need_input else None,
@@ -197,10 +210,10 @@ class MSEBackward(Function):
         grad_loss, input, target, weight = ctx.saved_tensors
         terms = []
         if grad_loss_t is not None:
-            terms.append(apply(MSEBackward, grad_loss_t, input, target, weight, *ctx.needs))
+            terms.append(MSEBackward.apply(grad_loss_t, input, target, weight, *ctx.needs))
         if input_t is not None or target_t is not None:
             v, u = _directions(input, target, input_t, target_t)
-            terms.append(apply(MSEBackward, grad_loss, v, u, weight, *ctx.needs))
+            terms.append(MSEBackward.apply(grad_loss, v, u, weight, *ctx.needs))
         return tuple(
             sum(term[k] for term in terms) if need and terms else None for k, need in enumerate(ctx.needs)
         )
@@ -213,7 +226,7 @@ class MSEBackward(Function):
         elif grad_loss.dim() > 0 or in_dims[0] is not None:
             (grad_loss,) = _batch_first(info, in_dims[:1], grad_loss)
         input, target, weight = _batch_first(info, in_dims[1:], input, target, weight)
-        grads = apply(MSEBackward, grad_loss, input, target, weight, need_input, need_target)
+        grads = MSEBackward.apply(grad_loss, input, target, weight, need_input, need_target)
         return grads, (0 if need_input else None, 0 if need_target else None)
 
 
@@ -237,8 +250,8 @@ class MSEJvp(Function):
         if grad is None:
             return (None,) * 6
         input, target, weight, v, u = ctx.saved_tensors
-        by_position = apply(MSEBackward, grad, v, u, weight, True, True)
-        by_direction = apply(MSEBackward, grad, input, target, weight, True, True)
+        by_position = MSEBackward.apply(grad, v, u, weight, True, True)
+        by_direction = MSEBackward.apply(grad, input, target, weight, True, True)
         return *by_position, None, *by_direction, None
 
     @staticmethod
@@ -255,7 +268,7 @@ class MSEJvp(Function):
     @staticmethod
     def vmap(info, in_dims, input, target, weight, v, u, reduction):
         tensors = _batch_first(info, in_dims, input, target, weight, v, u)
-        result = apply(MSEJvp, *tensors, NONE)
+        result = MSEJvp.apply(*tensors, NONE)
         return (result.flatten(1).sum(1) if reduction == SUM and result.dim() > 1 else result), 0
 
 
@@ -284,7 +297,7 @@ def _directions(input: Tensor, target: Tensor, v: Tensor | None, u: Tensor | Non
 def _along(
     input: Tensor, target: Tensor, weight: Tensor | None, v: Tensor | None, u: Tensor | None, reduction: int
 ) -> Tensor:
-    return apply(MSEJvp, input, target, weight, *_directions(input, target, v, u), reduction)
+    return MSEJvp.apply(input, target, weight, *_directions(input, target, v, u), reduction)
 
 
 def _batch_first(info: Any, in_dims: Sequence[int | None], *tensors: Tensor | None) -> list[Any]:
@@ -321,8 +334,9 @@ def mse_loss(
         size_average, reduce: deprecated, as in torch; given, they override ``reduction``.
         reduction: ``"none"``, ``"mean"`` (over the elements, or over the sum of the weights) or
             ``"sum"``.
-        weight: a weight for each element, of the input's shape. One that requires grad takes the
-            unreduced loss and torch's own product and sum.
+        weight: a weight for each element, of the input's shape. One that may need a derivative
+            (it requires grad, or torch.func or forward-mode AD is at work) multiplies the
+            unreduced loss, with torch's own product and sum.
 
     Returns:
         The loss in the promoted dtype (float32 under autocast): 0-d, or of the broadcast shape for
@@ -366,15 +380,11 @@ def mse_loss(
                     f"mse_loss: Weights and input must have the same size. Expected weight of shape "
                     f"{tuple(shape)}, got {tuple(weight.shape)}"
                 )
-            if weight.requires_grad or (code == MEAN and input.shape != shape):
+            if may_be_differentiated(weight) or (code == MEAN and input.shape != shape):
                 return _composed_weighted_mse(input, target, weight, code, out_dtype)
             weight = weight.expand(input.shape)
         args = input, target, weight, code, out_dtype
-        if torch.compiler.is_compiling():
-            return CompiledMSE.apply(*args)[0]
-        if records_gradient(input, target):
-            return apply(MSE, *args)[0]
-        return _forward(*args)[0]
+        return run(EagerMSE, MSE, _forward, (input, target), args)
     except (AttributeError, TypeError, RuntimeError):
         explain_bad_input(
             "mse_loss", input=input, target=target, **({} if weight is None else {"weight": weight})
@@ -388,7 +398,7 @@ def _composed_weighted_mse(
     """A weight that gets a gradient, or a weighted mean over a broadcast input, whose divisor is
     the sum of the weights as given: the unreduced loss, then torch's own product and sum."""
     dtype = out_dtype or _loss_dtype(input, target, weight)
-    squared = apply(MSE, input, target, None, NONE, torch.promote_types(dtype, torch.float32))[0]
+    squared = MSE.apply(input, target, None, NONE, torch.promote_types(dtype, torch.float32))[0]
     loss = weight * squared
     if reduction != NONE:
         loss = loss.sum()

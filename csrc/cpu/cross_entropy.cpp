@@ -36,7 +36,7 @@ constexpr int64_t kStateBytes = 4 * sizeof(double);
 } // namespace
 
 void launch(const CrossEntropyForward& a) {
-  double loss[kMaxUnits] = {}, weight[kMaxUnits] = {};
+  double loss[kMaxUnits], weight[kMaxUnits]; // set by the unit they belong to
   const Chunks chunks(a);
   int64_t sums = 0;
   if (chunks.per_row > 1) {
@@ -49,12 +49,14 @@ void launch(const CrossEntropyForward& a) {
     });
     for (int64_t row = 0; row < a.rows.count; ++row) {
       const char* of_row = states + row * chunks.per_row * kStateBytes;
+      loss[row] = weight[row] = 0;
       LOSSOPS_CALL(forward_join, a, row, of_row, kStateBytes, chunks.per_row, loss[row], weight[row]);
     }
     sums = a.rows.count;
   } else {
     const Units units(a.rows.count, a.classes, kElementsPerUnit);
     parallel_for_units(units, a.classes, [&](int64_t unit) {
+      loss[unit] = weight[unit] = 0;
       LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), loss[unit], weight[unit]);
     });
     sums = units.count;

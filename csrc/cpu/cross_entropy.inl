@@ -38,9 +38,10 @@ struct Smoothing {
         spread(static_cast<A>(a.label_smoothing / static_cast<double>(a.classes))) {}
 };
 
-template <class A>
+template <bool kProbabilities, class A>
 LOSSOPS_INLINE A target_weight(A w, const A* p, int64_t i, Smoothing<A> s) {
-  return w * (p == nullptr ? s.spread : s.keep * p[i] + s.spread);
+  if constexpr (kProbabilities) return w * (s.keep * p[i] + s.spread);
+  return w * s.spread;
 }
 
 // The logit that sums are taken relative to: an all -inf start must not turn into -inf - -inf.
@@ -86,10 +87,23 @@ struct Stats {
 // ---------------------------------------------------------------------------------------------
 // Along a row
 
+// Several maxima side by side: one alone would wait for its own latency at every step.
 template <class A>
 LOSSOPS_INLINE A block_max(const A* z, int64_t n, A max) {
+  constexpr int64_t kLanes = 256 / sizeof(A);
+  int64_t i = 0;
+  if (n >= kLanes) {
+    alignas(64) A lanes[kLanes];
+    std::copy(z, z + kLanes, lanes);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] = z[i + k] > lanes[k] ? z[i + k] : lanes[k];
+    }
 #pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
+    for (int64_t k = 0; k < kLanes; ++k) max = lanes[k] > max ? lanes[k] : max;
+  }
+#pragma omp simd reduction(max : max)
+  for (int64_t k = i; k < n; ++k) max = z[k] > max ? z[k] : max;
   return max;
 }
 
@@ -101,16 +115,27 @@ LOSSOPS_INLINE A block_sum_exp(const A* z, int64_t n, A ref) {
   return sum;
 }
 
-// Adds the terms t_c*(z_c - ref); one with t_c = 0 adds nothing even where z_c is -inf.
+// t*(z - ref), and 0 for the NaN of a weight 0 at a logit of -inf. A NaN of z or t is not lost: it is
+// in the sum of exponentials or of weights too. By mask: of a select before a sum the compiler makes
+// a branch, and the loop is not vectorised.
+template <class A>
+LOSSOPS_INLINE A target_term(A t, A distance) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  const A term = t * distance;
+  const Bits mask = term == term ? ~Bits{0} : Bits{0};
+  return bits_as<A>(bits_as<Bits>(term) & mask);
+}
+
+// Adds the terms t_c*(z_c - ref).
 template <bool kProbabilities, class A, class Weight>
 LOSSOPS_INLINE void block_target(const A* z, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s,
                                  RowState<A>& state) {
   A target_sum = 0, dot = 0;
 #pragma omp simd reduction(+ : target_sum, dot)
   for (int64_t i = 0; i < n; ++i) {
-    const A t = target_weight<A>(w[i], kProbabilities ? p : nullptr, i, s);
+    const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
     target_sum += t;
-    dot += t != 0 ? t * (z[i] - ref) : A(0);
+    dot += target_term(t, z[i] - ref);
   }
   state.target_sum += target_sum;
   state.dot += dot;
@@ -158,7 +183,7 @@ LOSSOPS_INLINE void finish_row(const CrossEntropyForward& a, int64_t row, RowSta
     if (target.index >= 0) {
       const A t = Smoothing<A>(a).keep * target.weight;
       state.target_sum += t;
-      if (t != 0) state.dot += t * (target_logit - anchor(state.max));
+      state.dot += target_term(t, target_logit - anchor(state.max));
     }
     max = state.max;
     log_sum = log(state.sum);
@@ -223,7 +248,7 @@ LOSSOPS_INLINE void logit_gradient(const A* z, const A* p, int64_t n, Row max, R
                                    Row grad, Weight w, Smoothing<A> s, A* dz) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A t = target_weight<A>(w[i], kProbabilities ? p : nullptr, i, s);
+    const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
     const A value = grad_sum[i] * exp((z[i] - max[i]) - log_sum[i]) - grad[i] * t;
     dz[i] = grad[i] == 0 ? A(0) : value;
   }
@@ -313,7 +338,7 @@ LOSSOPS_INLINE void block_moments(const A* z, const A* v, const A* p, Weight w, 
 #pragma omp simd reduction(+ : mean_part, dot_part)
   for (int64_t i = 0; i < n; ++i) {
     mean_part += exp((z[i] - max) - log_sum) * v[i];
-    dot_part += target_weight<A>(w[i], kProbabilities ? p : nullptr, i, s) * v[i];
+    dot_part += target_weight<kProbabilities, A>(w[i], p, i, s) * v[i];
   }
   mean += mean_part;
   target_dot += dot_part;
@@ -389,99 +414,206 @@ void backward_backward_row(const CrossEntropyBackwardBackward& a, const int64_t*
 // ---------------------------------------------------------------------------------------------
 // Across a tile of rows
 
-// Up to kTileClasses classes of a tile: one array of rows for each class.
+// Up to kTileClasses classes of a tile: one array of rows for each class. Where two passes follow, as
+// copies: classes that lie a power of two apart share their cache sets and would be gone by the second.
 template <class A>
 struct TileLoad {
   alignas(64) A buffer[kTileClasses * kTile];
   const A* classes[kTileClasses];
 
-  void operator()(const ClassTensor& t, int64_t offset, int64_t row_stride, int64_t c0, int64_t k,
-                  int64_t n) {
-    for (int64_t c = 0; c < k; ++c)
-      classes[c] =
-          load(t.dtype, t.data, offset + (c0 + c) * t.class_stride, row_stride, n, buffer + c * kTile);
+  void operator()(const ClassTensor& t, int64_t offset, int64_t row_stride, int64_t c0, int64_t k, int64_t n,
+                  bool copies) {
+    if (t.class_stride == 1 && row_stride == k && t.dtype != dtype_of<A>) {
+      // Short rows one behind the other: widened as they lie, then turned.
+      alignas(64) A flat[kTileClasses * kTile];
+      const A* rows = load(t.dtype, t.data, offset + c0, 1, n * k, flat);
+      for (int64_t c = 0; c < k; ++c) classes[c] = load(dtype_of<A>, rows, c, k, n, buffer + c * kTile);
+      return;
+    }
+    for (int64_t c = 0; c < k; ++c) {
+      A* copy = buffer + c * kTile;
+      const A* z = load(t.dtype, t.data, offset + (c0 + c) * t.class_stride, row_stride, n, copy);
+      if (copies && z != copy) std::copy(z, z + n, copy);
+      classes[c] = copies ? copy : z;
+    }
   }
 };
+
+// The targets of a tile: class index (-1: probabilities, or not counted) and its weight, 0 where the
+// row is not counted.
+template <class A>
+struct TileTarget {
+  alignas(64) int64_t index[kTile];
+  alignas(64) A weight[kTile];
+
+  TileTarget(const CrossEntropyProblem& a, const int64_t* o, int64_t n, bool* bad_target) {
+    if (!a.index_target()) {
+      std::fill(index, index + n, int64_t{-1});
+      std::fill(weight, weight + n, A(1));
+      return;
+    }
+    const int64_t stride = a.rows.inner_stride(kTarget);
+    with_type(a.target.dtype, [&](auto* type) {
+      using T = std::remove_reference_t<decltype(*type)>;
+      if constexpr (std::is_integral_v<T>) {
+        const T* target = static_cast<const T*>(a.target.data) + o[kTarget];
+        int64_t bad = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t y = target[i * stride];
+          const bool inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(a.classes);
+          const bool ignored = y == a.ignore_index;
+          bad |= !inside & !ignored;
+          index[i] = inside & !ignored ? y : -1;
+        }
+        if (bad != 0) __atomic_store_n(bad_target, true, __ATOMIC_RELAXED);
+      }
+    });
+    const A* w = static_cast<const A*>(a.weight);
+    for (int64_t i = 0; i < n; ++i) weight[i] = index[i] < 0 ? A(0) : w == nullptr ? A(1) : w[index[i]];
+  }
+};
+
+template <class A>
+LOSSOPS_INLINE void tile_max(const A* z, int64_t n, A* __restrict max) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) max[i] = z[i] > max[i] ? z[i] : max[i];
+}
+
+template <class A>
+LOSSOPS_INLINE void tile_add_exp(const A* z, const A* ref, int64_t n, A* __restrict sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] += exp(z[i] - ref[i]);
+}
+
+template <bool kProbabilities, class A>
+LOSSOPS_INLINE void tile_add_target(const A* z, const A* p, const A* ref, A w, int64_t n, Smoothing<A> s,
+                                    A* __restrict target_sum, A* __restrict dot) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A t = target_weight<kProbabilities, A>(w, p, i, s);
+    target_sum[i] += t;
+    dot[i] += target_term(t, z[i] - ref[i]);
+  }
+}
+
+// From sums to losses: a row that is not counted (weight 0 of an index) leaves zeros. On return max
+// and sum hold the stats.
+template <class A>
+LOSSOPS_INLINE void tile_finish(const A* keep_weight, const A* target_logit, const A* counted, int64_t n,
+                                A* __restrict max, A* __restrict sum, A* __restrict target_sum,
+                                A* __restrict dot, A* __restrict loss) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A t = keep_weight[i];
+    const A log_sum = log(sum[i]);
+    const A s = target_sum[i] + t;
+    const A value = s * log_sum - (dot[i] + target_term(t, target_logit[i] - anchor(max[i])));
+    max[i] = counted[i] != 0 ? max[i] : A(0);
+    sum[i] = counted[i] != 0 ? log_sum : A(0);
+    target_sum[i] = counted[i] != 0 ? s : A(0);
+    loss[i] = counted[i] != 0 ? value : A(0);
+  }
+}
+
+template <class A>
+LOSSOPS_INLINE double tile_sum(const A* x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
 
 template <class A>
 void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, double& loss_sum,
                   double& weight_sum) {
   TileLoad<A> z, p;
-  alignas(64) A max[kTile], sum[kTile], target_sum[kTile], dot[kTile], new_max[kTile], target_logit[kTile];
-  RowTarget<A> target[kTile];
+  alignas(64) A max[kTile], sum[kTile], target_sum[kTile], dot[kTile], ref[kTile], target_logit[kTile];
   const Smoothing<A> smoothing(a);
+  const TileTarget<A> target(a, o, n, a.bad_target);
+  const bool index_target = a.index_target();
   for (int64_t i = 0; i < n; ++i) {
-    target[i] = read_target<A>(a, o[kTarget] + i * a.rows.inner_stride(kTarget), a.bad_target);
     max[i] = -std::numeric_limits<A>::infinity();
     sum[i] = target_sum[i] = dot[i] = target_logit[i] = 0;
   }
   for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
     const int64_t k = std::min(kTileClasses, a.classes - c0);
-    z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n);
-    if (!a.index_target()) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n);
-    std::copy(max, max + n, new_max);
-    for (int64_t c = 0; c < k; ++c) {
-      const A* zc = z.classes[c];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) new_max[i] = zc[i] > new_max[i] ? zc[i] : new_max[i];
-    }
+    z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n, true);
+    if (!index_target) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n, true);
+    std::copy(max, max + n, ref);
+    for (int64_t c = 0; c < k; ++c) tile_max(z.classes[c], n, ref);
     if (c0 > 0) {
       for (int64_t i = 0; i < n; ++i) {
         RowState<A> state{max[i], sum[i], target_sum[i], dot[i]};
-        state.raise(new_max[i]);
+        state.raise(ref[i]);
         sum[i] = state.sum;
         dot[i] = state.dot;
       }
     }
-    std::copy(new_max, new_max + n, max);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) new_max[i] = anchor(max[i]);
+    std::copy(ref, ref + n, max);
+    for (int64_t i = 0; i < n; ++i) ref[i] = anchor(max[i]);
     for (int64_t c = 0; c < k; ++c) {
-      const A* zc = z.classes[c];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) sum[i] += exp(zc[i] - new_max[i]);
+      tile_add_exp(z.classes[c], ref, n, sum);
       if (!a.has_target_sum()) continue;
       const A w = a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c];
-      const A* pc = a.index_target() ? nullptr : p.classes[c];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const A t = target_weight(w, pc, i, smoothing);
-        target_sum[i] += t;
-        dot[i] += t != 0 ? t * (zc[i] - new_max[i]) : A(0);
-      }
+      if (index_target)
+        tile_add_target<false, A>(z.classes[c], nullptr, ref, w, n, smoothing, target_sum, dot);
+      else
+        tile_add_target<true>(z.classes[c], p.classes[c], ref, w, n, smoothing, target_sum, dot);
     }
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t y = target[i].index - c0;
+      const int64_t y = target.index[i] - c0;
       if (0 <= y && y < k) target_logit[i] = z.classes[y][i];
     }
   }
+  alignas(64) A loss[kTile], keep_weight[kTile], counted[kTile];
   for (int64_t i = 0; i < n; ++i) {
-    const RowState<A> state{max[i], sum[i], target_sum[i], dot[i]};
-    finish_row(a, o[kRow] + i * a.rows.inner_stride(kRow), state, target[i], target_logit[i], loss_sum,
-               weight_sum);
+    counted[i] = !index_target || target.index[i] >= 0 ? A(1) : A(0);
+    keep_weight[i] = index_target ? smoothing.keep * target.weight[i] : A(0);
   }
+  tile_finish(keep_weight, target_logit, counted, n, max, sum, target_sum, dot, loss);
+  loss_sum += tile_sum(loss, n);
+  weight_sum += tile_sum(target.weight, n);
+  const Stats<A> stats(a);
+  const int64_t stride = a.rows.inner_stride(kRow);
+  store_as(max, stride, n, stats.max + o[kRow]);
+  store_as(sum, stride, n, stats.log_sum + o[kRow]);
+  if (stats.target_sum != nullptr) store_as(target_sum, stride, n, stats.target_sum + o[kRow]);
+  if (a.reduction != Reduction::none) return;
+  A* out = destination(a.loss_dtype, a.loss, o[kRow], stride, loss);
+  if (out != loss) std::copy(loss, loss + n, out);
+  store(a.loss_dtype, loss, a.loss, o[kRow], stride, n);
 }
 
-// The rows of a tile, as arrays.
+// What the backward passes know of a tile's rows before they look at the logits.
 template <class A>
 struct TileGradient {
-  alignas(64) A max[kTile], log_sum[kTile], grad[kTile], grad_sum[kTile];
-  RowTarget<A> target[kTile];
-  A target_sum[kTile];
+  TileTarget<A> target;
+  alignas(64) A max_buffer[kTile], log_sum_buffer[kTile],
+      target_sum_buffer[kTile], grad[kTile], grad_sum[kTile];
+  const A *max, *log_sum;
 
-  TileGradient(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
+  TileGradient(const CrossEntropyBackward& a, const int64_t* o, int64_t n) : target(a, o, n, a.bad_target) {
+    const Stats<A> stats(a);
+    const int64_t stride = a.rows.inner_stride(kRow);
+    max = load(dtype_of<A>, stats.max, o[kRow], stride, n, max_buffer);
+    log_sum = load(dtype_of<A>, stats.log_sum, o[kRow], stride, n, log_sum_buffer);
+    const A* target_sum = stats.target_sum == nullptr
+                              ? target.weight
+                              : load(dtype_of<A>, stats.target_sum, o[kRow], stride, n, target_sum_buffer);
+    const double divisor = a.normalizer == nullptr ? 1 : *a.normalizer;
+    const int64_t grad_stride = a.rows.inner_stride(kGradLoss);
+    if (grad_stride == 0) {
+      const A one = static_cast<A>(load_one<double>(a.grad_loss_dtype, a.grad_loss, o[kGradLoss]) / divisor);
+      std::fill(grad, grad + n, one);
+    } else {
+      alignas(64) double buffer[kTile];
+      const double* g = load(a.grad_loss_dtype, a.grad_loss, o[kGradLoss], grad_stride, n, buffer);
+      for (int64_t i = 0; i < n; ++i) grad[i] = static_cast<A>(g[i] / divisor);
+    }
+    const bool index_target = a.index_target();
     for (int64_t i = 0; i < n; ++i) {
-      int64_t at[kCrossEntropyOperands];
-      at[kTarget] = o[kTarget] + i * a.rows.inner_stride(kTarget);
-      at[kRow] = o[kRow] + i * a.rows.inner_stride(kRow);
-      at[kGradLoss] = o[kGradLoss] + i * a.rows.inner_stride(kGradLoss);
-      const RowGradient<A> r = row_gradient<A>(a, at);
-      target[i] = r.target;
-      max[i] = r.max;
-      log_sum[i] = r.log_sum;
-      grad[i] = r.grad;
-      target_sum[i] = r.target_sum;
-      grad_sum[i] = r.grad * r.target_sum;
+      grad[i] = !index_target | (target.index[i] >= 0) ? grad[i] : A(0);
+      grad_sum[i] = grad[i] * target_sum[i];
     }
   }
 };
@@ -493,10 +625,11 @@ void backward_tile(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
   A* out[kTileClasses];
   const Smoothing<A> smoothing(a);
   const TileGradient<A> r(a, o, n);
+  const A *max = r.max, *log_sum = r.log_sum, *grad = r.grad, *grad_sum = r.grad_sum;
   for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
     const int64_t k = std::min(kTileClasses, a.classes - c0);
-    z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n);
-    if (!a.index_target()) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n);
+    z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n, false);
+    if (!a.index_target()) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n, false);
     const auto weight = [&](int64_t c) {
       return Uniform<A>{a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c]};
     };
@@ -512,24 +645,75 @@ void backward_tile(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
     if (a.grad_target.data != nullptr) {
       place(a.grad_target, o[kGradTarget], a.rows.inner_stride(kGradTarget));
       for (int64_t c = 0; c < k; ++c)
-        target_gradient(z.classes[c], n, r.max, r.log_sum, r.grad, weight(c), smoothing.keep, out[c]);
+        target_gradient(z.classes[c], n, max, log_sum, grad, weight(c), smoothing.keep, out[c]);
       write(a.grad_target, o[kGradTarget], a.rows.inner_stride(kGradTarget));
     }
     if (a.grad_logits.data == nullptr) continue;
     place(a.grad_logits, o[kGradLogits], a.rows.inner_stride(kGradLogits));
     for (int64_t c = 0; c < k; ++c) {
       if (a.index_target())
-        logit_gradient<false, A>(z.classes[c], nullptr, n, r.max, r.log_sum, r.grad_sum, r.grad, weight(c),
-                                 smoothing, out[c]);
+        logit_gradient<false, A>(z.classes[c], nullptr, n, max, log_sum, grad_sum, grad, weight(c), smoothing,
+                                 out[c]);
       else
-        logit_gradient<true>(z.classes[c], p.classes[c], n, r.max, r.log_sum, r.grad_sum, r.grad, weight(c),
+        logit_gradient<true>(z.classes[c], p.classes[c], n, max, log_sum, grad_sum, grad, weight(c),
                              smoothing, out[c]);
     }
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t y = r.target[i].index - c0;
-      if (0 <= y && y < k && r.grad[i] != 0) out[y][i] -= r.grad[i] * smoothing.keep * r.target[i].weight;
+      const int64_t y = r.target.index[i] - c0;
+      if (0 <= y && y < k && grad[i] != 0) out[y][i] -= grad[i] * smoothing.keep * r.target.weight[i];
     }
     write(a.grad_logits, o[kGradLogits], a.rows.inner_stride(kGradLogits));
+  }
+}
+
+// Repeats each value for the classes of its row. Whole vectors, the last of which the next row
+// overwrites: `out` has kSpread elements to spare.
+constexpr int64_t kSpread = 16;
+template <class A>
+LOSSOPS_INLINE void spread(const A* values, int64_t rows, int64_t classes, A* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < classes; c += kSpread) {
+      A* at = out + i * classes + c;
+#pragma omp simd
+      for (int64_t k = 0; k < kSpread; ++k) at[k] = values[i];
+    }
+  }
+}
+
+// Short rows that stand one behind the other: the tile's elements in one go, as they lie.
+constexpr int64_t kFlat = 1024;
+
+inline bool is_flat(const CrossEntropyBackward& a) {
+  return a.index_target() && a.logits.class_stride == 1 && a.rows.inner_stride(kLogits) == a.classes &&
+         a.grad_logits.class_stride == 1 && a.rows.inner_stride(kGradLogits) == a.classes &&
+         a.classes <= kFlat && (a.weight == nullptr || a.label_smoothing == 0);
+}
+
+template <class A>
+void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
+  alignas(64) A max[kFlat + kSpread], log_sum[kFlat + kSpread], grad_sum[kFlat + kSpread],
+      grad[kFlat + kSpread];
+  alignas(64) A z_buffer[kFlat], out_buffer[kFlat];
+  const Smoothing<A> smoothing(a);
+  const TileGradient<A> r(a, o, n);
+  const int64_t group = kFlat / a.classes;
+  for (int64_t i0 = 0; i0 < n; i0 += group) {
+    const int64_t rows = std::min(group, n - i0), elements = rows * a.classes;
+    const int64_t offset = o[kGradLogits] + i0 * a.classes;
+    spread(r.max + i0, rows, a.classes, max);
+    spread(r.log_sum + i0, rows, a.classes, log_sum);
+    spread(r.grad_sum + i0, rows, a.classes, grad_sum);
+    if (smoothing.spread != 0) spread(r.grad + i0, rows, a.classes, grad);
+    const A* z = load(a.logits.dtype, a.logits.data, o[kLogits] + i0 * a.classes, 1, elements, z_buffer);
+    A* dz = destination(a.grad_logits.dtype, a.grad_logits.data, offset, 1, out_buffer);
+    const A* g = smoothing.spread != 0 ? grad : grad_sum; // without smoothing g only tells a 0
+    logit_gradient<false, A, const A*>(z, nullptr, elements, max, log_sum, grad_sum, g, Uniform<A>{1},
+                                       smoothing, dz);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t y = r.target.index[i0 + i];
+      if (y >= 0) dz[i * a.classes + y] -= r.grad[i0 + i] * smoothing.keep * r.target.weight[i0 + i];
+    }
+    store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, 1, elements);
   }
 }
 
@@ -584,9 +768,9 @@ void backward_chunk(const CrossEntropyBackward& a, int64_t row, int64_t c0, int6
 
 template <class A>
 void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
-  const bool rows = along_rows(a);
+  const bool rows = along_rows(a), flat = is_flat(a);
   for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
-    if (!rows) return backward_tile<A>(a, o, n);
+    if (!rows) return flat ? backward_flat<A>(a, o, n) : backward_tile<A>(a, o, n);
     for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_row<A>(a, at, 0, a.classes); });
   });
 }

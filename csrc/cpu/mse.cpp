@@ -14,9 +14,10 @@ constexpr int64_t kElementsPerUnit = 16384;
 } // namespace
 
 void launch(const MSEForward& a) {
-  double sums[kMaxUnits] = {}, weights[kMaxUnits] = {};
+  double sums[kMaxUnits], weights[kMaxUnits]; // set by the unit they belong to
   const Units units(a.elements.count, 1, kElementsPerUnit);
   parallel_for_units(units, 1, [&](int64_t unit) {
+    sums[unit] = weights[unit] = 0;
     LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), sums[unit], weights[unit]);
   });
   double sum = 0, weight = 0;

@@ -1,0 +1,275 @@
+"""A row of results, and the table, JSON and figures made of rows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OURS, EAGER, COMPILE = "ours", "eager", "compile"
+LABELS = {OURS: "lossops", EAGER: "torch eager", COMPILE: "torch.compile"}
+COLOURS = {OURS: "#228833", EAGER: "#4477aa", COMPILE: "#dd7744"}
+OTHER_COLOURS = ["#aa3377", "#ccbb44", "#66ccee", "#bbbbbb"]
+
+# Below it a step is calls, not kernels, and torch.compile's own overhead decides.
+COMPILE_COUNTS_FROM = 100_000
+# Below it (input bytes) the measurement's own error, about 1 MB, is too large a part.
+MEMORY_COUNTS_FROM = 2**23
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What was measured of one case in one mode, by implementation; a missing one did not run."""
+
+    loss: str
+    case: str
+    backward: bool
+    elements: int
+    input_bytes: int
+    bytes_moved: int
+    target: float | None
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each round
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> str:
+        return "fwd+bwd" if self.backward else "fwd"
+
+    def median(self, name: str) -> float | None:
+        return statistics.median(self.seconds[name]) if name in self.seconds else None
+
+    def ratio(self, name: str) -> float | None:
+        """How many times as long as ours the implementation takes."""
+        theirs, ours = self.median(name), self.median(OURS)
+        return None if theirs is None or ours is None else theirs / ours
+
+    def rate(self) -> float | None:
+        """Bytes per second of ours, of those that must move."""
+        ours = self.median(OURS)
+        return None if ours is None else self.bytes_moved / ours
+
+    def peak(self, name: str) -> int | None:
+        """Peak memory, where the case is large enough to tell."""
+        return self.peak_bytes.get(name) if self.input_bytes >= MEMORY_COUNTS_FROM else None
+
+    def misses(self, *names: str) -> list[str]:
+        """What the row should have reached, over any or the named implementations, and did not."""
+        misses = []
+        eager, compiled = self.ratio(EAGER), self.ratio(COMPILE)
+        if self.target is not None and eager is not None and eager < self.target:
+            misses.append((EAGER, "below target"))
+        if self.elements > COMPILE_COUNTS_FROM and compiled is not None and compiled < 1:
+            misses.append((COMPILE, "slower than compile"))
+        return [miss for name, miss in misses if not names or name in names]
+
+    def verdict(self) -> str:
+        return "FAIL: " + ", ".join(self.misses()) if self.misses() else "pass"
+
+
+def implementations(rows: Sequence[Row]) -> list[str]:
+    """Those of any row, ours first, peers last."""
+    return list(dict.fromkeys(name for row in rows for name in row.seconds))
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _scaled(value: float | None, by: float) -> float | None:
+    return None if value is None else value * by
+
+
+def table(rows: Sequence[Row], copy_rate: float) -> list[list[str]]:
+    """Header and lines: case, ratios, milliseconds, rate, memory, verdict."""
+    names = implementations(rows)
+    others = [name for name in names if name != OURS]
+    lines = [
+        [
+            *("loss", "case", "pass"),
+            *(f"{name}/ours" for name in others),
+            *(f"{name} ms" for name in names),
+            *("GB/s", "% of copy"),
+            *(f"{name} MB" for name in names),
+            *("target", "verdict"),
+        ]
+    ]
+    for row in rows:
+        milliseconds = [_scaled(row.median(name), 1e3) for name in names]
+        lines.append(
+            [
+                *(row.loss, row.case, row.mode),
+                *(_cell(row.ratio(name), 2) for name in others),
+                *(_cell(ms, 2 if ms is None or ms >= 1 else 4) for ms in milliseconds),
+                _cell(_scaled(row.rate(), 1e-9), 1),
+                _cell(_scaled(row.rate(), 100 / copy_rate), 0),
+                *(_cell(_scaled(row.peak(name), 1e-6), 1) for name in names),
+                *("-" if row.target is None else f"{row.target:g}", row.verdict()),
+            ]
+        )
+    return lines
+
+
+def as_text(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = {0, 1, 2, len(widths) - 1}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if k in left else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---" if k < 3 or k == len(lines[0]) - 1 else "--:" for k in range(len(lines[0]))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def notes(machine: dict[str, Any]) -> str:
+    """What the columns mean, on which machine."""
+    where = f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
+    if machine["device"] == "cuda":
+        where = machine["gpu"]
+    # The copy rate, measured just before, adds a little to the load of an idle machine.
+    busy = f" The machine was busy (load {machine['load']:.1f})." if machine["load"] > 0.5 else ""
+    return (
+        f"{where}; torch {machine['torch']}, lossops {machine['lossops']} ({machine['isa']}); "
+        f"{machine['date']}. Medians of {machine['rounds']} or more interleaved rounds. "
+        "`GB/s` counts what must move at least (see the cases' byte counts), over the time of ours; "
+        f"`% of copy` sets it against a large copy into memory in use: {machine['copy_gb_s']:.1f} GB/s here. "
+        "Small cases live in the caches and may exceed it; a pass that only reads may too. "
+        "`MB` is the peak of memory during the step beyond inputs and gradient, where the input is large "
+        "enough to tell. "
+        "`target` is for eager/ours; above 100 000 elements ours must not be slower than compile either."
+        + busy
+    )
+
+
+def write_json(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None:
+    def record(row: Row) -> dict[str, Any]:
+        return {
+            **{
+                key: getattr(row, key)
+                for key in ("loss", "case", "mode", "elements", "input_bytes", "bytes_moved", "target")
+            },
+            "ratio": {name: row.ratio(name) for name in row.seconds if name != OURS},
+            "ms": {name: statistics.median(seconds) * 1e3 for name, seconds in row.seconds.items()},
+            "gb_s": _scaled(row.rate(), 1e-9),
+            "peak_bytes": row.peak_bytes,
+            "verdict": row.verdict(),
+            "rounds_ms": {name: [s * 1e3 for s in seconds] for name, seconds in row.seconds.items()},
+        }
+
+    path.write_text(json.dumps({"machine": machine, "rows": [record(row) for row in rows]}, indent=1) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+def _colour(name: str, names: Sequence[str]) -> str:
+    others = [other for other in names if other not in COLOURS]
+    return COLOURS.get(name) or OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
+
+
+def _bars(
+    axes: Any,
+    rows: Sequence[Row | None],
+    names: Sequence[str],
+    value: Callable[[Row, str], float | None],
+    label: Callable[[Row, str], dict[str, Any]],
+    colours: dict[str, str],
+) -> None:
+    """Horizontal bars, a group for each row, first row on top; what is missing leaves its gap."""
+    height = 0.8 / len(names)
+    for k, name in enumerate(names):
+        values = [None if row is None else value(row, name) for row in rows]
+        places = [i - 0.4 + (k + 0.5) * height for i in range(len(rows))]
+        bars = axes.barh(places, [v or 0 for v in values], height, color=colours[name])
+        bars.set_label(LABELS.get(name, name))
+        for place, row, v in zip(places, rows, values, strict=True):
+            if row is not None and v is not None:
+                style = {"fontsize": 8, "va": "center", "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
+                style |= label(row, name)
+                axes.annotate(xy=(v, place), xytext=(4, 0), textcoords="offset points", **style)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.xaxis.grid(True, color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.margins(x=0.15)
+
+
+def _figure(bars: int, panels: int, title: str) -> tuple[Any, list[Any]]:
+    # Not pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(4 + 5 * panels, 2 + 0.2 * max(bars, 4)), layout=layout)
+    figure.suptitle(title)
+    return figure, list(figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0])
+
+
+def _name_rows(axes: Any, cases: Sequence[tuple[str, str]]) -> None:
+    axes.set_yticks(range(len(cases)), [f"{loss.replace('_', '-')}  {case}" for loss, case in cases])
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+
+
+def plot_speed(path: Path, rows: Sequence[Row], where: str) -> None:
+    names = [name for name in implementations(rows) if name != OURS]
+    colours = {name: _colour(name, names) for name in names}
+    cases = list(dict.fromkeys((row.loss, row.case) for row in rows))
+    by_mode = {
+        title: {(row.loss, row.case): row for row in rows if row.backward is backward}
+        for title, backward in (("forward + backward", True), ("forward only, no_grad", False))
+    }
+    by_mode = {title: chosen for title, chosen in by_mode.items() if chosen}
+
+    def label(row: Row, name: str) -> dict[str, Any]:
+        aimed = f" (target {row.target:g})" if name == EAGER and row.target is not None else ""
+        missed = {"color": "#cc0000", "weight": "bold"} if row.misses(name) else {}
+        return {"text": f"{row.ratio(name):.1f}{aimed}", **missed}
+
+    figure, panels = _figure(
+        len(names) * len(cases), len(by_mode), f"How many times as fast lossops is\n{where}"
+    )
+    for axes, (title, chosen) in zip(panels, by_mode.items(), strict=True):
+        _bars(axes, [chosen.get(case) for case in cases], names, Row.ratio, label, colours)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("their time / ours (line: equal)")
+    _name_rows(panels[0], cases)
+    handles, labels = panels[0].get_legend_handles_labels()
+    labels = [f"over {label}" for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_memory(path: Path, rows: Sequence[Row], where: str) -> None:
+    """Peaks in units of the input, so that cases of every size share an axis that starts at 0."""
+    names = implementations(rows)
+    colours = {name: _colour(name, names) for name in names}
+    chosen = [row for row in rows if row.backward and any(row.peak(name) is not None for name in names)]
+
+    def multiple(row: Row, name: str) -> float | None:
+        return _scaled(row.peak(name), 1 / row.input_bytes)
+
+    def label(row: Row, name: str) -> dict[str, Any]:
+        # In the bar's colour: what takes nothing has no bar to see.
+        return {"text": f"{_cell(_scaled(row.peak(name), 1e-6), 1)} MB", "color": colours[name]}
+
+    figure, (axes,) = _figure(len(names) * len(chosen), 1, f"Extra memory of forward + backward\n{where}")
+    if chosen:
+        _bars(axes, chosen, names, multiple, label, colours)
+        axes.set_xlabel("peak beyond inputs and gradient / size of the input")
+        axes.set_xlim(left=0)
+        _name_rows(axes, [(row.loss, row.case) for row in chosen])
+        figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    else:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "No case here is large enough to tell.", ha="center", va="center")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,222 @@
+"""Times lossops against PyTorch, eager and compiled, and weighs their peak memory.
+
+    python bench/run.py --device cpu            every case: some minutes
+    python bench/run.py --quick                 a few smaller ones: a minute
+    python bench/run.py --loss mse --case 2^26  what matches
+
+The implementations take turns in every round, so that whatever else the machine does meets them
+all; a figure is the median over the rounds. Every other file beside this one that does not begin
+with an underscore is a loss: OURS, EAGER, PEERS, and the cases in CASES and QUICK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from _measure import Case, Cpu, Cuda, Loss, check_agreement, dtype_name, make_step
+from _report import (
+    COMPILE,
+    EAGER,
+    OURS,
+    Row,
+    as_markdown,
+    as_text,
+    notes,
+    plot_memory,
+    plot_speed,
+    table,
+    write_json,
+)
+from tqdm import tqdm
+
+import lossops
+
+LOSSES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "run")
+# Short rows are measured in more rounds: one interruption by the system is as long as all of theirs.
+LEAST_SECONDS = 0.3
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--loss", nargs="+", choices=LOSSES, default=LOSSES)
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--case", default="", help="only cases whose name contains this")
+    add("--quick", action="store_true", help="few and smaller cases")
+    add("--rounds", type=int, default=9, help="least timings of each implementation (default: 9)")
+    add("--threads", type=int, default=2, help="CPU threads; the targets are for 2 (default: 2)")
+    add("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
+    add("--out", type=Path, default=Path("bench-output"), help="folder of the results")
+    return parser.parse_args(argv)
+
+
+def select_cases(arguments: argparse.Namespace) -> list[tuple[str, ModuleType, Case]]:
+    selected = []
+    for loss in arguments.loss:
+        module = importlib.import_module(loss)
+        for case in module.QUICK if arguments.quick else module.CASES:
+            if dtype_name(case.dtype) in arguments.dtype and arguments.case in f"{loss} {case.name}":
+                selected.append((loss, module, case))
+    if not selected:
+        sys.exit("run.py: no case matches --loss, --dtype and --case; leave one out to see more.")
+    return selected
+
+
+def choose_meter(arguments: argparse.Namespace) -> Cpu | Cuda:
+    if arguments.device == "cpu":
+        return Cpu()
+    if not torch.cuda.is_available():
+        sys.exit(
+            f"run.py: --device cuda needs a GPU, and torch {torch.__version__} sees none; use --device cpu."
+        )
+    for loss in arguments.loss:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lossops::{loss}_forward", "CUDA"):
+            sys.exit(f"run.py: this build of lossops has no CUDA kernels for {loss}; use --device cpu.")
+    return Cuda()
+
+
+def compiled(eager: Loss) -> Loss:
+    def composition(**arguments: Any) -> torch.Tensor:
+        return eager(**arguments)
+
+    return torch.compile(composition, dynamic=False)
+
+
+def measure(
+    meter: Cpu | Cuda, row: Row, losses: dict[str, Loss], shared: dict[str, Any], rounds: int
+) -> None:
+    """Fills in the row's seconds and peaks, and drops implementations that do not run."""
+    steps: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
+    expected, expected_grad = None, None
+    for name, loss in losses.items():
+        arguments = shared
+        if name not in (OURS, EAGER, COMPILE):
+            # Liger writes its gradient over the logits: a peer works on a copy.
+            arguments = {**shared, "input": shared["input"].detach().clone().requires_grad_()}
+        x, step = arguments["input"], make_step(loss, arguments, row.backward)
+        try:
+            result = step()
+        except Exception as error:
+            if name in (OURS, EAGER):
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            tqdm.write(f"{name} is left out of {row.loss} {row.case}: {reason[0]}", file=sys.stderr)
+            continue
+        if expected is None:
+            expected, expected_grad = result, x.grad
+        check_agreement(name, result, x.grad, expected, expected_grad)
+        steps[name] = step, x
+    del result, expected, expected_grad
+
+    iterations = meter.iterations(min(meter.time(*steps[name], 1) for name in steps))
+    row.seconds = {name: [] for name in sorted(steps, key=[OURS, *losses].index)}
+    start = time.perf_counter()
+    while len(row.seconds[OURS]) < rounds or time.perf_counter() - start < LEAST_SECONDS:
+        for name in row.seconds:
+            row.seconds[name].append(meter.time(*steps[name], iterations))
+            steps[name][1].grad = None
+    for name in row.seconds:
+        step, x = steps[name]
+        row.peak_bytes[name] = meter.peak(step, x, row.input_bytes if row.backward else 0)
+        x.grad = None
+
+
+def describe_machine(arguments: argparse.Namespace, copy_rate: float) -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = models[0].partition(":")[2].strip() if models else processor
+    return {
+        "device": arguments.device,
+        "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "lossops": lossops.__version__,
+        "isa": lossops._C.cpu_isa(),
+        "date": datetime.date.today().isoformat(),
+        "rounds": arguments.rounds,
+        "copy_gb_s": copy_rate / 1e9,
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    selected = select_cases(arguments)
+    meter = choose_meter(arguments)
+    if not arguments.no_compile:
+        from torch._inductor import config
+
+        # A pool of compiling processes would start, and take the cores, while others are timed.
+        config.compile_threads = 1
+    copy_rate = meter.copy_rate()
+    machine = describe_machine(arguments, copy_rate)
+    aimed = arguments.device == "cpu" and arguments.threads == 2
+
+    rows: list[Row] = []
+    # A quick run times forward only for its first case: compiling takes most of its minute.
+    modes = [(True, False) if k == 0 or not arguments.quick else (True,) for k in range(len(selected))]
+    progress = tqdm(total=sum(map(len, modes)), unit="row")
+    for (loss, module, case), backward_or_not in zip(selected, modes, strict=True):
+        shared = case.arguments(meter.device)
+        for backward in backward_or_not:
+            progress.set_description(f"{loss} {case.name}")
+            row = Row(
+                loss=loss,
+                case=case.name,
+                backward=backward,
+                elements=case.elements,
+                input_bytes=shared["input"].nbytes,
+                bytes_moved=case.bytes_moved(backward),
+                target=case.target(backward) if aimed else None,
+            )
+            # Eager first: the others are checked against it.
+            losses = {EAGER: module.EAGER, OURS: module.OURS}
+            if not arguments.no_compile:
+                torch._dynamo.reset()
+                losses[COMPILE] = compiled(module.EAGER)
+            if arguments.device == "cuda" and case.plain:
+                losses |= module.PEERS
+            measure(meter, row, losses, shared, arguments.rounds)
+            rows.append(row)
+            progress.update()
+    progress.close()
+
+    lines = table(rows, copy_rate)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "results.json", machine, rows)
+    (out / "results.md").write_text(as_markdown(lines) + "\n\n" + notes(machine) + "\n")
+    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    where += f"; torch {machine['torch']}"
+    plot_speed(out / "speed.png", rows, where)
+    plot_memory(out / "memory.png", rows, where)
+
+    print(as_text(lines))
+    print("\n" + notes(machine))
+    failed = sum(bool(row.misses()) for row in rows)
+    print(f"\n{len(rows) - failed} of {len(rows)} rows pass.")
+    print(f"Table, data and figures: {out}/results.md, results.json, speed.png, memory.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What test_contract.py asks of every loss, described once for each: functions, modules, ops, inputs.
+
+A new loss joins the contract with a `Loss` and a `Variant` for each kind of call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lossops
+from lossops.cross_entropy import cross_entropy_reference
+from lossops.mse import mse_reference
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss: lossops' function and module, torch's, and the reference of both."""
+
+    name: str
+    function: Callable[..., Tensor]
+    torch_function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    module: type[torch.nn.Module]
+    torch_module: type[torch.nn.Module]
+    constructors: tuple[dict[str, Any], ...]  # arguments of the modules that are worth a test
+
+
+@dataclass
+class Call:
+    """The arguments of one call: tensors that get a gradient, in order, and all others."""
+
+    tensors: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...] = ()  # positional, after `tensors`
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def bind(self, function: Callable[..., Tensor], **overrides: Any) -> Callable[..., Tensor]:
+        """`function` of the differentiable tensors alone."""
+        options = {**self.options, **overrides}
+        return lambda *tensors: function(*tensors, *self.fixed, **options)
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach().clone().requires_grad_() for t in self.tensors)
+
+    def in_float64(self) -> Call:
+        """The same numbers, exactly, for the reference."""
+        options = {k: v.double() if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return Call(tuple(t.double() for t in self.tensors), self.fixed, options)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of call of a loss; `make(shape, dtype)` draws the arguments for an input of `shape`."""
+
+    id: str
+    loss: Loss
+    make: Callable[[tuple[int, ...], torch.dtype], Call]
+    weighted: bool = False
+
+    def __str__(self) -> str:
+        return self.id
+
+
+# --------------------------------------------------------------------------------------------------
+# Mean squared error
+
+MSE = Loss(
+    "mse",
+    lossops.mse_loss,
+    F.mse_loss,
+    mse_reference,
+    lossops.MSELoss,
+    torch.nn.MSELoss,
+    ({}, {"reduction": "none"}, {"reduction": "sum"}),
+)
+
+
+def _mse(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    return Call((torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)))
+
+
+def _mse_weighted(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    call = _mse(shape, dtype)
+    call.options["weight"] = (torch.rand(shape) + 0.5).to(dtype)
+    return call
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-entropy
+
+CROSS_ENTROPY = Loss(
+    "cross_entropy",
+    lossops.cross_entropy,
+    F.cross_entropy,
+    cross_entropy_reference,
+    lossops.CrossEntropyLoss,
+    torch.nn.CrossEntropyLoss,
+    (
+        {},
+        {"weight": torch.rand(13) + 0.5},
+        {"reduction": "none", "label_smoothing": 0.1},
+        {"weight": torch.rand(13) + 0.5, "ignore_index": 3, "reduction": "sum", "label_smoothing": 0.2},
+    ),
+)
+
+
+def _classes(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 1 else shape[1]
+
+
+def _class_weight(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (torch.rand(_classes(shape)) + 0.5).to(dtype)
+
+
+def _index(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    rows = shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
+    target = torch.randint(0, max(1, _classes(shape)), rows)
+    return Call((3 * torch.randn(shape).to(dtype),), (target,))
+
+
+def _index_all(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    call = _index(shape, dtype)
+    (target,) = call.fixed
+    ignored = torch.rand(target.shape) < 0.2
+    if target.numel():
+        ignored.view(-1)[0] = False  # a mean over nothing has a test of its own
+    call.fixed = (target.masked_fill(ignored, -7),)
+    call.options = {"weight": _class_weight(shape, dtype), "ignore_index": -7, "label_smoothing": 0.1}
+    return call
+
+
+def _probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    dim = 0 if len(shape) == 1 else 1
+    target = torch.randn(shape).softmax(dim).to(dtype)
+    return Call((3 * torch.randn(shape).to(dtype), target))
+
+
+def _probabilities_all(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    call = _probabilities(shape, dtype)
+    call.options = {"weight": _class_weight(shape, dtype), "label_smoothing": 0.1}
+    return call
+
+
+LOSSES = (MSE, CROSS_ENTROPY)
+VARIANTS = (
+    Variant("mse", MSE, _mse),
+    Variant("mse-weight", MSE, _mse_weighted, weighted=True),
+    Variant("index", CROSS_ENTROPY, _index),
+    Variant("index-weight-ignore-smoothing", CROSS_ENTROPY, _index_all, weighted=True),
+    Variant("probabilities", CROSS_ENTROPY, _probabilities),
+    Variant("probabilities-weight-smoothing", CROSS_ENTROPY, _probabilities_all, weighted=True),
+)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], upstream: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The loss and its gradient to each tensor, for an upstream gradient (default: ones)."""
+    loss = function(*tensors)
+    if upstream is None:
+        upstream = torch.ones_like(loss)
+    return loss.detach(), *torch.autograd.grad(loss, tensors, upstream.to(loss.dtype))
