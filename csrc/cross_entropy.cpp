@@ -35,13 +35,14 @@ class Operands {
       check_probabilities();
     check_same_device(target, logits, op, "target");
     const DType target_dtype = dtype_of(target, op, "target", index_target);
-    problem_.use_double = logits_dtype == DType::f64 || target_dtype == DType::f64;
+    problem_.use_double = logits_dtype == DType::f64 || target_dtype == DType::f64 ||
+                          (weight && weight->scalar_type() == ScalarType::Double);
     take_weight();
     lay_out_rows();
     problem_.logits = class_tensor(logits, kLogits, logits_dtype);
     problem_.target = index_target ? ClassTensor{target.data_ptr(), target_dtype, 0}
                                    : class_tensor(target, kTarget, target_dtype);
-    if (index_target) set_strides(strides_of(target), kTarget);
+    if (index_target && target.dim() == row_shape.size()) set_strides(strides_of(target), kTarget);
     problem_.weight = weight ? weight->data_ptr() : nullptr;
   }
 
@@ -131,9 +132,8 @@ class Operands {
                       sizes_of(logits), ", got ", got);
     };
     if (logits.dim() == 1) {
-      LOSSOPS_CHECK_AS(ValueError, got.empty() || (got.size() == 1 && got[0] == 1), words(),
-                       ". For 1D input, 1D target must have size 1");
-      if (!got.empty()) row_shape = got; // torch takes (1,) for () and gives (1,) back
+      if (got == Sizes{1}) return check_index_dtype(); // torch takes (1,) for ()
+      LOSSOPS_CHECK_AS(ValueError, got.size() != 1, words(), ". For 1D input, 1D target must have size 1");
     } else if (got.empty() || got[0] != row_shape[0]) {
       LOSSOPS_CHECK_AS(ValueError, false, words(), ". Expected input batch_size (", row_shape[0],
                        ") to match target batch_size (", got.empty() ? 0 : got[0], ").");
@@ -141,9 +141,13 @@ class Operands {
     LOSSOPS_CHECK(
         got == row_shape, words(),
         row_shape.size() == 1 ? ". 0D or 1D target tensor expected, multi-target not supported" : "");
+    check_index_dtype();
+  }
+
+  void check_index_dtype() {
     LOSSOPS_CHECK(!is_floating(target), op_,
-                  ": expected target dtype to be Long, Int or Byte for class indices of shape ", got,
-                  ", got ", torch::headeronly::toString(target.scalar_type()),
+                  ": expected target dtype to be Long, Int or Byte for class indices of shape ",
+                  sizes_of(target), ", got ", torch::headeronly::toString(target.scalar_type()),
                   "; class probabilities need the shape of the logits, ", sizes_of(logits));
   }
 
@@ -169,10 +173,7 @@ class Operands {
   }
 
   void lay_out_rows() {
-    LOSSOPS_CHECK(row_shape.size() <= kMaxDims, op_, ": expected logits of at most ", kMaxDims + 1,
-                  " dimensions, got ", logits.dim());
-    problem_.rows.dims = static_cast<int>(row_shape.size());
-    std::copy(row_shape.begin(), row_shape.end(), problem_.rows.size);
+    problem_.rows = Positions<kCrossEntropyOperands>(row_shape.data(), row_shape.size());
     set_strides(contiguous_strides(row_shape), kRow);
   }
 
@@ -211,8 +212,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
   Operands operands(op, logits, target, weight, ignore_index, label_smoothing);
   CrossEntropyForward call;
   call.reduction = reduction_of(reduction, op);
-  const ScalarType loss_dtype = out_dtype.value_or(
-      operands.index_target ? logits.scalar_type() : promote(logits.scalar_type(), target.scalar_type()));
+  ScalarType loss_dtype = logits.scalar_type();
+  if (!operands.index_target) {
+    loss_dtype = promote(loss_dtype, target.scalar_type());
+    if (weight) loss_dtype = promote(loss_dtype, weight->scalar_type());
+  }
+  loss_dtype = out_dtype.value_or(loss_dtype);
   Sizes stats_shape = operands.row_shape;
   stats_shape.insert_first(operands.stat_rows());
   Tensor loss = empty(call.reduction == Reduction::none ? operands.row_shape : Sizes{}, loss_dtype, logits);

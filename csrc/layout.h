@@ -11,8 +11,7 @@ enum class DType : int8_t { f16, bf16, f32, f64, u8, i32, i64 };
 
 enum class Reduction : int8_t { none, mean, sum }; // torch's own numbering
 
-// After merging, real tensors need two or three dimensions; an operand with more is copied first.
-constexpr int kMaxDims = 16;
+constexpr int kMaxDims = 64; // torch's own limit; after joining, real tensors have one to three
 
 // An index space walked in one order by several operands, each with its own strides (in elements;
 // 0 for an expanded dimension or an absent operand).
@@ -20,8 +19,14 @@ template <int Operands>
 struct Positions {
   int dims = 0;
   int64_t count = 1;
-  int64_t size[kMaxDims] = {};
-  int64_t stride[Operands][kMaxDims] = {};
+  int64_t size[kMaxDims]; // only the first `dims` entries are set, here and below
+  int64_t stride[Operands][kMaxDims];
+
+  Positions() = default;
+  Positions(const int64_t* sizes, int n) : dims(n) {
+    std::copy(sizes, sizes + n, size);
+    for (auto& of_operand : stride) std::fill(of_operand, of_operand + n, int64_t{0});
+  }
 
   int64_t inner_size() const {
     return dims == 0 ? 1 : size[dims - 1];

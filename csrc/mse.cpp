@@ -9,12 +9,8 @@ namespace {
 // A call's tensors, of one shape (expanded views where the caller broadcast them).
 class Operands {
  public:
-  Operands(const char* op, const Tensor& input) : op_(op), input_(input), sizes_(sizes_of(input)) {
-    LOSSOPS_CHECK(sizes_.size() <= kMaxDims, op_, ": expected input of at most ", kMaxDims,
-                  " dimensions, got ", sizes_.size());
-    elements_.dims = static_cast<int>(sizes_.size());
-    std::copy(sizes_.begin(), sizes_.end(), elements_.size);
-  }
+  Operands(const char* op, const Tensor& input)
+      : op_(op), input_(input), sizes_(sizes_of(input)), elements_(sizes_.data(), sizes_.size()) {}
 
   Elements take(const Tensor& t, MSEOperand operand, const char* name) {
     LOSSOPS_CHECK(sizes_of(t) == sizes_, op_, ": expected ", name, " of shape ", sizes_, " like input, got ",

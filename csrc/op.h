@@ -47,8 +47,6 @@ class Sizes {
     for (const int64_t v : values) values_[count_++] = v;
   }
   Sizes(const int64_t* values, int64_t count) : count_(static_cast<int>(count)) {
-    LOSSOPS_CHECK(count < kCapacity, "lossops: expected tensors of at most ", kCapacity - 1,
-                  " dimensions, got ", count);
     std::copy(values, values + count, values_);
   }
   void insert_first(int64_t value) {
@@ -94,11 +92,8 @@ class Sizes {
     return out << (s.count_ == 1 ? ",)" : ")");
   }
 
-  // The kernels' dimensions, a class dimension, and the row of stats that the rows gain.
-  static constexpr int kCapacity = kMaxDims + 2;
-
  private:
-  int64_t values_[kCapacity] = {};
+  int64_t values_[kMaxDims + 1]; // the rows of stats have a dimension more than the rows
   int count_ = 0;
 };
 

@@ -11,6 +11,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn import _reduction
 
 NONE, MEAN, SUM = 0, 1, 2
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -54,7 +55,11 @@ def run(
 
 def may_be_differentiated(weight: Tensor) -> bool:
     """Whether a weight may need a derivative: forward mode does not show in `requires_grad`."""
-    return weight.requires_grad or _transforms_active() or forward_ad._current_level >= 0
+    return (
+        (weight.requires_grad and torch.is_grad_enabled())
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def differentiates_backward() -> bool:
@@ -64,30 +69,107 @@ def differentiates_backward() -> bool:
     return torch.is_grad_enabled() or _transforms_active()
 
 
-def autocast_dtype(input: Tensor) -> torch.dtype | None:
+def promote(*tensors: Tensor | None) -> torch.dtype:
+    """The result dtype of floating tensors, as torch promotes them."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def accumulation(*tensors: Tensor | None) -> torch.dtype:
+    """What the kernels compute in: float64 where an operand is float64, else float32."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
     """float32 where autocast, which lists both losses as float32 ops, is on for 16-bit input."""
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(input.device.type):
         return None
-    return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else None
+    if input.dtype not in (torch.float16, torch.bfloat16) or target.dtype == torch.float64:
+        return None
+    return torch.float32
+
+
+def check_devices(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """For the meta implementations: a meta tensor among real ones would choose them for all."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise RuntimeError(f"{op}: expected {name} on {reference.device}, got {tensor.device}")
 
 
 def explain_bad_input(op: str, **tensors: Any) -> None:
     """Raises the TypeError or NotImplementedError that torch raises for what no kernel takes."""
-    for name, tensor in tensors.items():
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None or name != "weight"}
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}")
-    for name, tensor in tensors.items():
+    for name, tensor in given.items():
         if tensor.layout is not torch.strided:
             raise NotImplementedError(
                 f"{op}: expected {name} to be a dense tensor, got layout {tensor.layout}; "
                 f"call {name}.to_dense() first"
             )
-    dtype = next(iter(tensors.values())).dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise NotImplementedError(
-            f"{op}: not implemented for input of dtype {dtype}; expected float16, bfloat16, "
-            f"float32 or float64"
-        )
+    for name, tensor in given.items():
+        if name == "input" and tensor.dtype not in KERNEL_DTYPES:
+            raise unsupported_dtype(op, name, tensor)
+
+
+def unsupported_dtype(op: str, name: str, tensor: Tensor) -> NotImplementedError:
+    return NotImplementedError(
+        f"{op}: not implemented for {name} of dtype {tensor.dtype}; "
+        f"expected float16, bfloat16, float32 or float64"
+    )
+
+
+def divide(x: Tensor, normalizer: Tensor | None) -> Tensor:
+    """A sum over the float64 divisor of its mean, or the sum as it is."""
+    return x if normalizer is None else (x.double() / normalizer).to(x.dtype)
+
+
+class Combine(Function):
+    """``scale * sum(terms)``, summed over all elements if asked, over `normalizer`, in `dtype`.
+
+    The linear arithmetic of the `jvp`s: torch switches forward mode off while it runs a `jvp`, and
+    only a Function keeps an outer level's tangents there.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scale, reduce, normalizer, dtype, *terms):
+        total = scale * sum(terms[1:], terms[0])
+        if reduce:
+            total = total.sum()
+        if normalizer is not None:
+            total = total.double() / normalizer
+        return total.to(dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.scale, ctx.reduce, normalizer, ctx.dtype, *terms = inputs
+        ctx.set_materialize_grads(False)
+        ctx.like = [(term.shape, term.dtype) for term in terms]
+        ctx.save_for_backward(normalizer)
+        ctx.save_for_forward(normalizer)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (normalizer,) = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (4 + len(ctx.like))
+        if normalizer is not None:
+            grad = grad.double() / normalizer
+        grads = ((ctx.scale * grad).to(dtype).expand(shape) for shape, dtype in ctx.like)
+        return None, None, None, None, *grads
+
+    @staticmethod
+    def jvp(ctx, _scale, _reduce, _normalizer, _dtype, *tangents):
+        (normalizer,) = ctx.saved_tensors
+        moving = [t for t in tangents if t is not None]
+        return Combine.apply(ctx.scale, ctx.reduce, normalizer, ctx.dtype, *moving) if moving else None
 
 
 def vmap_by_loop(function: type[Function], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:

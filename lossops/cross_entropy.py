@@ -23,10 +23,15 @@ from . import _C  # noqa: F401  (registers the ops)
 from ._autograd import (
     MEAN,
     NONE,
+    Combine,
+    accumulation,
     autocast_dtype,
+    check_devices,
     differentiates_backward,
+    divide,
     explain_bad_input,
     may_be_differentiated,
+    promote,
     reduction_code,
     run,
     vmap_by_loop,
@@ -73,8 +78,9 @@ def _target_weights(
         return t, rows
     if logits.dim() == 1:
         target = target.reshape(())
+    target = target.long()  # or a narrow target would meet ignore_index modulo its own range
     counted = target != ignore_index
-    index = target.long().where(counted, 0)
+    index = target.where(counted, 0)
     onehot = torch.zeros_like(logits).scatter(dim, index.unsqueeze(dim), 1.0)
     t = _per_class(w, logits) * ((1 - label_smoothing) * onehot + label_smoothing / classes)
     return t * counted.unsqueeze(dim), w[index] * counted
@@ -132,11 +138,7 @@ def _row_shape(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -
     """The rows' shape, and whether the target holds class indices; the ops' own checks in short."""
     if logits.dim() == 0:
         raise RuntimeError(f"{op}: expected logits of shape (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.device != logits.device:
-            raise RuntimeError(
-                f"{op}: expected {name} on {logits.device} like the logits, got {tensor.device}"
-            )
+    check_devices(op, logits, target=target, weight=weight)
     dim = _class_dim(logits)
     classes = logits.shape[dim]
     if weight is not None and (weight.dim() != 1 or weight.shape[0] != classes):
@@ -152,10 +154,8 @@ def _row_shape(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -
             )
         return rows, False
     got = list(target.shape)
-    if logits.dim() == 1 and got == [1]:
-        return got, True
-    if got != rows:
-        by_batch = logits.dim() == 1 or not got or got[0] != rows[0]
+    if got != rows and not (logits.dim() == 1 and got == [1]):
+        by_batch = len(got) == 1 if logits.dim() == 1 else not got or got[0] != rows[0]
         raise (ValueError if by_batch else RuntimeError)(
             f"{op}: expected target of shape {tuple(rows)} for logits of shape {tuple(logits.shape)}, "
             f"got {tuple(got)}"
@@ -167,19 +167,14 @@ def _row_shape(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -
     return rows, True
 
 
-def _accumulation(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 @torch.library.register_fake("lossops::cross_entropy_forward")
 def _(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
     rows, index_target = _row_shape("cross_entropy", logits, target, weight)
-    dtype = out_dtype
-    if dtype is None:
-        dtype = logits.dtype if index_target else torch.promote_types(logits.dtype, target.dtype)
     stat_rows = 3 if label_smoothing != 0 or not index_target else 2
-    loss = logits.new_empty(rows if reduction == NONE else (), dtype=dtype)
-    stats = logits.new_empty((stat_rows, *rows), dtype=_accumulation(logits, target))
+    loss = logits.new_empty(
+        rows if reduction == NONE else (), dtype=_loss_dtype(logits, target, weight, out_dtype)
+    )
+    stats = logits.new_empty((stat_rows, *rows), dtype=accumulation(logits, target, weight))
     return loss, stats, logits.new_empty((), dtype=torch.float64)
 
 
@@ -202,7 +197,9 @@ def _(
     need_logits,
     need_target,
 ):
-    _row_shape("cross_entropy_backward", logits, target, weight)
+    op = "cross_entropy_backward"
+    _row_shape(op, logits, target, weight)
+    check_devices(op, logits, grad_loss=grad_loss, stats=stats, normalizer=normalizer)
     return _fake_gradients(logits, target, need_logits, need_target)
 
 
@@ -219,7 +216,9 @@ def _(
     need_logits,
     need_target,
 ):
-    rows, _ = _row_shape("cross_entropy_backward_backward", logits, target, weight)
+    op = "cross_entropy_backward_backward"
+    rows, _ = _row_shape(op, logits, target, weight)
+    check_devices(op, logits, tangent=tangent, grad_loss=grad_loss, stats=stats)
     return stats.new_empty(rows), *_fake_gradients(logits, target, need_logits, need_target)
 
 
@@ -233,8 +232,7 @@ def _loss_backward(ctx, grad_loss, logits, target, weight, stats, normalizer):
     need_logits, need_target = ctx.needs_input_grad[:2]
     options = *ctx.options, need_logits, need_target
     if differentiates_backward():
-        rows = grad_loss if normalizer is None else (grad_loss.double() / normalizer).to(stats.dtype)
-        rows = rows.expand(stats.shape[1:])
+        rows = divide(grad_loss.to(stats.dtype), normalizer).expand(stats.shape[1:])
         grads = CrossEntropyBackward.apply(rows, logits, target, weight, stats, *options)
     else:
         grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options)
@@ -296,23 +294,19 @@ class CrossEntropy(Function):
         if weight_t is not None:
             raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
         logits, target, weight, stats, normalizer = ctx.saved_tensors
-        rows = None
+        dtype = _loss_dtype(logits, target, weight, ctx.out_dtype)
+        terms = []
         if logits_t is not None:
-            ones = torch.ones((), dtype=stats.dtype, device=stats.device).expand(stats.shape[1:])
-            options = *ctx.options, False, False
-            rows = CrossEntropyBackwardBackward.apply(
-                logits_t, ones, logits, target, weight, stats, *options
-            )[0]
+            ones = torch.ones(stats.shape[1:], dtype=stats.dtype, device=stats.device)
+            args = logits_t, ones, logits, target, weight, stats, *ctx.options, False, False
+            terms.append(CrossEntropyBackwardBackward.apply(*args)[0])
         if target_t is not None:
-            along = _loss_along(logits, target_t, weight, stats.dtype)[0] * (1 - ctx.options[1])
-            rows = along if rows is None else rows + along
-        if rows is None:
+            along = _loss_along(logits, target_t, weight, stats.dtype)[0]
+            terms.append(Combine.apply(1 - ctx.options[1], False, None, stats.dtype, along))
+        if not terms:
             return None, None, None
-        if ctx.reduction != NONE:
-            rows = rows.sum()
-        if ctx.reduction == MEAN:
-            rows = rows.double() / normalizer
-        return rows.to(_loss_dtype(logits, target, ctx.out_dtype)), None, None
+        normalizer = normalizer if ctx.reduction == MEAN else None
+        return Combine.apply(1, ctx.reduction != NONE, normalizer, dtype, *terms), None, None
 
     @staticmethod
     def vmap(info, in_dims, logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
@@ -322,7 +316,7 @@ class CrossEntropy(Function):
             args = (logits, target, weight, reduction, *options, out_dtype)
             return vmap_by_loop(CrossEntropy, info, in_dims, args)
         # Rows in the accumulation type: reduced here, they are rounded once as in the op.
-        row_dtype = out_dtype if reduction == NONE else _accumulation(logits, target)
+        row_dtype = out_dtype if reduction == NONE else accumulation(logits, target, weight)
         loss, stats, normalizer = CrossEntropy.apply(
             fold.logits, fold.target, weight, NONE, *options, row_dtype
         )
@@ -338,7 +332,7 @@ class CrossEntropy(Function):
             loss = loss.sum(tuple(samples)) if samples else loss
             if reduction == MEAN:
                 loss = loss.double() / normalizer
-            loss = loss.to(_loss_dtype(logits, target, out_dtype))
+            loss = loss.to(_loss_dtype(logits, target, weight, out_dtype))
         return (loss, stats, normalizer), (loss.dim() - 1, stats.dim() - 1, 0)
 
 
@@ -390,18 +384,23 @@ class CrossEntropyBackward(Function):
     def jvp(ctx, grad_loss_t, logits_t, target_t, *_):
         grad_loss, logits, target, weight, stats = ctx.saved_tensors
         options = ctx.ignore_index, ctx.label_smoothing, *ctx.needs
-        terms: list[tuple[Any, ...]] = []
+        to_logits, to_target = [], []
         if grad_loss_t is not None:
-            terms.append(CrossEntropyBackward.apply(grad_loss_t, logits, target, weight, stats, *options))
+            grads = CrossEntropyBackward.apply(grad_loss_t, logits, target, weight, stats, *options)
+            to_logits.append(grads[0])
+            to_target.append(grads[1])
         if logits_t is not None:
             args = logits_t, grad_loss, logits, target, weight, stats, *options
-            terms.append(CrossEntropyBackwardBackward.apply(*args)[1:])
+            _, along_logits, along_target = CrossEntropyBackwardBackward.apply(*args)
+            to_logits.append(along_logits)
+            to_target.append(along_target)
         if target_t is not None and ctx.needs[0]:
             stats_t = _loss_along(logits, target_t, weight, stats.dtype)[1]
-            scaled = grad_loss * (1 - ctx.label_smoothing)
-            terms.append((_gradient_along(scaled, logits, target_t, weight, stats_t), 0.0))
+            scaled = Combine.apply(1 - ctx.label_smoothing, False, None, grad_loss.dtype, grad_loss)
+            to_logits.append(_gradient_along(scaled, logits, target_t, weight, stats_t))
         return tuple(
-            sum(term[k] for term in terms) if need and terms else None for k, need in enumerate(ctx.needs)
+            Combine.apply(1, False, None, terms[0].dtype, *terms) if need and terms else None
+            for need, terms in zip(ctx.needs, (to_logits, to_target), strict=True)
         )
 
     @staticmethod
@@ -477,7 +476,8 @@ class CrossEntropyBackwardBackward(Function):
             torch.zeros_like(p) if t is None else t
             for p, t in zip(primals, tangents[: len(primals)], strict=True)
         )
-        results = torch.func.jvp(function, primals, along)[1]
+        # Copies: torch will not make a dual of an expanded tensor.
+        results = torch.func.jvp(function, tuple(p.clone() for p in primals), along)[1]
         by_output = dict(zip(ctx.kept, results, strict=True))
         return tuple(by_output.get(k) for k in range(3))
 
@@ -499,10 +499,12 @@ class CrossEntropyBackwardBackward(Function):
         return results, (results[0].dim() - 1, *fold.gradient_dims(*options[2:]))
 
 
-def _loss_dtype(logits: Tensor, target: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+def _loss_dtype(
+    logits: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None
+) -> torch.dtype:
     if out_dtype is not None:
         return out_dtype
-    return torch.promote_types(logits.dtype, target.dtype) if target.is_floating_point() else logits.dtype
+    return promote(logits, target, weight) if target.is_floating_point() else logits.dtype
 
 
 def _loss_along(
@@ -553,10 +555,11 @@ class _Fold:
             return torch.ones((), dtype=torch.float64, device=self.logits.device).expand(
                 self.logits.select(_class_dim(self.logits), 0).shape
             )
-        counted = self.target != ignore_index
+        target = self.target.long()
+        counted = target != ignore_index
         if weight is None:
             return counted.double()
-        return weight.double()[self.target.long().where(counted, 0)] * counted
+        return weight.double()[target.where(counted, 0)] * counted
 
     def gradient_dims(self, need_logits: bool, need_target: bool) -> tuple[int | None, int | None]:
         dim = 0 if self.one_row else self.logits.dim() - 1
@@ -625,29 +628,42 @@ def cross_entropy(
         )
     code = reduction_code(reduction, size_average, reduce)
     try:
-        out_dtype = autocast_dtype(input)
+        out_dtype = autocast_dtype(input, target)
         if weight is not None and may_be_differentiated(weight):
             target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
         return run(EagerCrossEntropy, CrossEntropy, _forward, (input, target), args)
-    except (AttributeError, TypeError, RuntimeError):
-        explain_bad_input(
-            "cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight})
-        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        _explain_bad_option(ignore_index, label_smoothing)
+        explain_bad_input("cross_entropy", input=input, target=target, weight=weight)
         raise
+
+
+def _explain_bad_option(ignore_index: Any, label_smoothing: Any) -> None:
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"cross_entropy: expected ignore_index to be an int, got {ignore_index!r}")
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"cross_entropy: expected ignore_index to fit 64 bits, got {ignore_index}")
+    if not isinstance(label_smoothing, (int, float, torch.SymFloat)):
+        raise TypeError(f"cross_entropy: expected label_smoothing to be a float, got {label_smoothing!r}")
 
 
 def _weighted_target(
     input: Tensor, target: Tensor, weight: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor | None, float]:
     """Class weights that may need a derivative, moved into a probability target to get it there."""
-    if target.shape == input.shape and target.is_floating_point():
-        classes = input.size(_class_dim(input))
-        t = _per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / classes)
-        return t, None, 0.0
-    if weight.requires_grad:
-        raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
-    return target, weight, label_smoothing
+    _, index_target = _row_shape("cross_entropy", input, target, weight)
+    if index_target:
+        if weight.requires_grad:
+            raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
+        return target, weight, label_smoothing
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(
+            f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
+        )
+    classes = input.size(_class_dim(input))
+    t = _per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / classes)
+    return t, None, 0.0
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -20,12 +20,18 @@ from ._autograd import (
     MEAN,
     NONE,
     SUM,
+    Combine,
+    accumulation,
     autocast_dtype,
+    check_devices,
     differentiates_backward,
+    divide,
     explain_bad_input,
     may_be_differentiated,
+    promote,
     reduction_code,
     run,
+    unsupported_dtype,
 )
 
 _forward = torch.ops.lossops.mse_forward.default
@@ -51,15 +57,12 @@ def mse_reference(
 
 
 def _check_like_input(op: str, input: Tensor, **tensors: Tensor | None) -> None:
+    check_devices(op, input, **tensors)
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.shape != input.shape:
+        if tensor is not None and tensor.shape != input.shape:
             raise RuntimeError(
                 f"{op}: expected {name} of shape {tuple(input.shape)} like input, got {tuple(tensor.shape)}"
             )
-        if tensor.device != input.device:
-            raise RuntimeError(f"{op}: expected {name} on {input.device} like input, got {tensor.device}")
 
 
 def _fake_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -70,18 +73,20 @@ def _fake_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> tuple[Tenso
 @torch.library.register_fake("lossops::mse_forward")
 def _(input, target, weight, reduction, out_dtype):
     _check_like_input("mse_loss", input, target=target, weight=weight)
-    return _fake_loss(input, reduction, out_dtype or _loss_dtype(input, target, weight))
+    return _fake_loss(input, reduction, out_dtype or promote(input, target, weight))
 
 
 @torch.library.register_fake("lossops::mse_jvp")
 def _(input, target, weight, input_tangent, target_tangent, reduction, out_dtype):
-    _check_like_input("mse_jvp", input, target=target, weight=weight)
-    return _fake_loss(input, reduction, out_dtype or torch.promote_types(input.dtype, target.dtype))
+    tangents = {"input_tangent": input_tangent, "target_tangent": target_tangent}
+    _check_like_input("mse_jvp", input, target=target, weight=weight, **tangents)
+    return _fake_loss(input, reduction, out_dtype or promote(input, target))
 
 
 @torch.library.register_fake("lossops::mse_backward")
 def _(grad_loss, input, target, weight, normalizer, need_input, need_target):
     _check_like_input("mse_backward", input, target=target, weight=weight)
+    check_devices("mse_backward", input, grad_loss=grad_loss, normalizer=normalizer)
     grad_input = torch.empty_like(input) if need_input else input.new_empty((0,))
     grad_target = torch.empty_like(target) if need_target else target.new_empty((0,))
     return grad_input, grad_target
@@ -95,7 +100,7 @@ def _(grad_loss, input, target, weight, normalizer, need_input, need_target):
 def _loss_backward(ctx, grad_loss, input, target, weight, normalizer):
     need_input, need_target = ctx.needs_input_grad[:2]
     if differentiates_backward():
-        grad = _divide(grad_loss, normalizer)
+        grad = divide(grad_loss, normalizer)
         grads = MSEBackward.apply(grad, input, target, weight, need_input, need_target)
     else:
         grads = _backward(grad_loss, input, target, weight, normalizer, need_input, need_target)
@@ -148,14 +153,14 @@ class MSE(Function):
             return None, None
         reduction = NONE if ctx.reduction == NONE else SUM
         loss = _along(input, target, weight, input_t, target_t, reduction)
-        loss = _divide(loss, normalizer if ctx.reduction == MEAN else None)
-        return loss.to(ctx.out_dtype or _loss_dtype(input, target, weight)), None
+        dtype = ctx.out_dtype or promote(input, target, weight)
+        return Combine.apply(1, False, normalizer if ctx.reduction == MEAN else None, dtype, loss), None
 
     @staticmethod
     def vmap(info, in_dims, input, target, weight, reduction, out_dtype):
         input, target, weight = _batch_first(info, in_dims, input, target, weight)
-        dtype = out_dtype or _loss_dtype(input, target, weight)
-        row_dtype = dtype if reduction == NONE else _accumulation(input, target)
+        dtype = out_dtype or promote(input, target, weight)
+        row_dtype = dtype if reduction == NONE else accumulation(input, target)
         loss, normalizer = MSE.apply(input, target, weight, NONE, row_dtype)
         if reduction == NONE:
             return (loss, normalizer), (0, None)
@@ -215,7 +220,10 @@ class MSEBackward(Function):
             v, u = _directions(input, target, input_t, target_t)
             terms.append(MSEBackward.apply(grad_loss, v, u, weight, *ctx.needs))
         return tuple(
-            sum(term[k] for term in terms) if need and terms else None for k, need in enumerate(ctx.needs)
+            Combine.apply(1, False, None, terms[0][k].dtype, *(term[k] for term in terms))
+            if need and terms
+            else None
+            for k, need in enumerate(ctx.needs)
         )
 
     @staticmethod
@@ -235,7 +243,7 @@ class MSEJvp(Function):
 
     @staticmethod
     def forward(input, target, weight, input_t, target_t, reduction):
-        dtype = _accumulation(input, target)
+        dtype = accumulation(input, target)
         return _jvp(input, target, weight, input_t, target_t, reduction, dtype)[0]
 
     @staticmethod
@@ -257,32 +265,18 @@ class MSEJvp(Function):
     @staticmethod
     def jvp(ctx, input_t, target_t, weight_t, v_t, u_t, _):
         input, target, weight, v, u = ctx.saved_tensors
-        result = None
+        terms = []
         if input_t is not None or target_t is not None:
-            result = _along(v, u, weight, input_t, target_t, ctx.reduction)
+            terms.append(_along(v, u, weight, input_t, target_t, ctx.reduction))
         if v_t is not None or u_t is not None:
-            along = _along(input, target, weight, v_t, u_t, ctx.reduction)
-            result = along if result is None else result + along
-        return result
+            terms.append(_along(input, target, weight, v_t, u_t, ctx.reduction))
+        return Combine.apply(1, False, None, terms[0].dtype, *terms) if terms else None
 
     @staticmethod
     def vmap(info, in_dims, input, target, weight, v, u, reduction):
         tensors = _batch_first(info, in_dims, input, target, weight, v, u)
         result = MSEJvp.apply(*tensors, NONE)
         return (result.flatten(1).sum(1) if reduction == SUM and result.dim() > 1 else result), 0
-
-
-def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-
-
-def _accumulation(input: Tensor, target: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (input.dtype, target.dtype) else torch.float32
-
-
-def _divide(x: Tensor, normalizer: Tensor | None) -> Tensor:
-    return x if normalizer is None else (x.double() / normalizer).to(x.dtype)
 
 
 def _directions(input: Tensor, target: Tensor, v: Tensor | None, u: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -329,8 +323,8 @@ def mse_loss(
 
     Args:
         input, target: any shapes that broadcast (with torch's warning where they differ), any
-            strides; float16, bfloat16, float32 or float64. Integers are accepted as the target of
-            floating input, as torch's promotion has it.
+            strides; float16, bfloat16, float32 or float64. An integer operand takes the dtype of a
+            floating one, as torch's promotion has it.
         size_average, reduce: deprecated, as in torch; given, they override ``reduction``.
         reduction: ``"none"``, ``"mean"`` (over the elements, or over the sum of the weights) or
             ``"sum"``.
@@ -371,9 +365,10 @@ def mse_loss(
                 stacklevel=2,
             )
             input, target = torch.broadcast_tensors(input, target)
-        if not target.is_floating_point() and input.is_floating_point() and not target.is_complex():
-            target = target.to(input.dtype)
-        out_dtype = autocast_dtype(input)
+        # torch's promotion: integers take the dtype of the floating operand.
+        if input.is_floating_point() != target.is_floating_point():
+            input, target = _to_floating(input, target), _to_floating(target, input)
+        out_dtype = autocast_dtype(input, target)
         if weight is not None:
             if weight.shape != shape:
                 raise ValueError(
@@ -382,14 +377,18 @@ def mse_loss(
                 )
             if may_be_differentiated(weight) or (code == MEAN and input.shape != shape):
                 return _composed_weighted_mse(input, target, weight, code, out_dtype)
-            weight = weight.expand(input.shape)
+            weight = _to_floating(weight, input).expand(input.shape)
         args = input, target, weight, code, out_dtype
         return run(EagerMSE, MSE, _forward, (input, target), args)
     except (AttributeError, TypeError, RuntimeError):
-        explain_bad_input(
-            "mse_loss", input=input, target=target, **({} if weight is None else {"weight": weight})
-        )
+        explain_bad_input("mse_loss", input=input, target=target, weight=weight)
         raise
+
+
+def _to_floating(x: Tensor, like: Tensor) -> Tensor:
+    if x.is_complex():
+        raise unsupported_dtype("mse_loss", "a tensor", x)
+    return x if x.is_floating_point() or not like.is_floating_point() else x.to(like.dtype)
 
 
 def _composed_weighted_mse(
@@ -397,9 +396,10 @@ def _composed_weighted_mse(
 ) -> Tensor:
     """A weight that gets a gradient, or a weighted mean over a broadcast input, whose divisor is
     the sum of the weights as given: the unreduced loss, then torch's own product and sum."""
-    dtype = out_dtype or _loss_dtype(input, target, weight)
-    squared = MSE.apply(input, target, None, NONE, torch.promote_types(dtype, torch.float32))[0]
-    loss = weight * squared
+    weight = _to_floating(weight, input)
+    dtype = out_dtype or promote(input, target, weight)
+    args = input, target, None, NONE, accumulation(input, target, weight)
+    loss = weight * run(EagerMSE, MSE, _forward, (input, target), args)
     if reduction != NONE:
         loss = loss.sum()
     if reduction == MEAN:

@@ -449,7 +449,7 @@ struct TileTarget {
   TileTarget(const CrossEntropyProblem& a, const int64_t* o, int64_t n, bool* bad_target) {
     if (!a.index_target()) {
       std::fill(index, index + n, int64_t{-1});
-      std::fill(weight, weight + n, A(1));
+      std::fill(weight, weight + n, a.classes == 0 ? A(0) : A(1)); // torch: the mean over no classes is NaN
       return;
     }
     const int64_t stride = a.rows.inner_stride(kTarget);
@@ -533,7 +533,8 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
   const bool index_target = a.index_target();
   for (int64_t i = 0; i < n; ++i) {
     max[i] = -std::numeric_limits<A>::infinity();
-    sum[i] = target_sum[i] = dot[i] = target_logit[i] = 0;
+    sum[i] = a.classes == 0 ? A(1) : A(0); // no classes: a loss of 0, not 0*log 0
+    target_sum[i] = dot[i] = target_logit[i] = 0;
   }
   for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
     const int64_t k = std::min(kTileClasses, a.classes - c0);
@@ -723,6 +724,7 @@ void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
 // Along the rows unless classes are few or only neighbouring rows lie side by side.
 inline bool along_rows(const CrossEntropyProblem& a) {
   constexpr int64_t few_classes = 48, few_rows = 8;
+  if (a.classes == 0) return false;
   if (a.logits.class_stride == 1 || a.rows.inner_stride(kLogits) != 1) return a.classes >= few_classes;
   return a.rows.inner_size() < few_rows;
 }
