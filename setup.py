@@ -1,5 +1,6 @@
 """Builds lossops._C: the CPU kernels and the ops, as one extension against libtorch's stable ABI."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -39,6 +40,21 @@ def check_compiler() -> None:
         )
 
 
+def sanitizer_flags() -> list[str]:
+    """Of `make sanitize`. What they build loads only under a preloaded libasan."""
+    names = os.environ.get("LOSSOPS_SANITIZE")
+    if not names:
+        return []
+    return [
+        f"-fsanitize={names}",
+        "-fno-sanitize-recover=undefined",
+        "-fno-wrapv",  # CPython sets -fwrapv, under which no signed overflow is an error
+        "-fno-omit-frame-pointer",
+        "-O1",
+        "-g",
+    ]
+
+
 def extension():
     from torch.utils.cpp_extension import CppExtension
 
@@ -61,8 +77,10 @@ def extension():
                 "-Wno-unknown-pragmas",
                 f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
                 f'-DLOSSOPS_VERSION="{VERSION}"',
+                *sanitizer_flags(),
             ]
         },
+        extra_link_args=sanitizer_flags(),
     )
 
 

@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
   Sizes stats_shape = operands.row_shape;
   stats_shape.insert_first(operands.stat_rows());
   Tensor loss = empty(call.reduction == Reduction::none ? operands.row_shape : Sizes{}, loss_dtype, logits);
-  Tensor stats = empty(stats_shape, operands.accumulation(), logits);
+  Tensor stats = fresh<Device>(empty(stats_shape, operands.accumulation(), logits));
   Tensor normalizer = empty({}, ScalarType::Double, logits);
   operands.give(call);
   call.loss = loss.data_ptr();

@@ -11,7 +11,7 @@ enum class DType : int8_t { f16, bf16, f32, f64, u8, i32, i64 };
 
 enum class Reduction : int8_t { none, mean, sum }; // torch's own numbering
 
-constexpr int kMaxDims = 64; // torch's own limit; after joining, real tensors have one to three
+constexpr int kMaxDims = 64; // torch's own limit for most ops; after joining, real tensors have one to three
 
 // An index space walked in one order by several operands, each with its own strides (in elements;
 // 0 for an expanded dimension or an absent operand).

@@ -47,6 +47,7 @@ class Sizes {
     for (const int64_t v : values) values_[count_++] = v;
   }
   Sizes(const int64_t* values, int64_t count) : count_(static_cast<int>(count)) {
+    LOSSOPS_CHECK(count <= kMaxDims, "lossops: expected tensors of at most ", kMaxDims, " dimensions, got ", count);
     std::copy(values, values + count, values_);
   }
   void insert_first(int64_t value) {
@@ -181,13 +182,19 @@ inline Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
   return empty_strided(sizes, contiguous_strides(sizes), dtype, like);
 }
 
+// Lets the device prepare a tensor that nothing has touched yet.
+template <class Device>
+Tensor fresh(Tensor t) {
+  Device::before_first_touch(t.mutable_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+  return t;
+}
+
 // A result with an element for each of t's: t's own strides where they are dense, as torch does.
 template <class Device>
 Tensor empty_elementwise(const Tensor& t, ScalarType dtype) {
-  Tensor out = t.is_contiguous() ? empty(sizes_of(t), dtype, t) : torch::stable::empty_like(t);
-  if (out.scalar_type() != dtype) out = empty_strided(sizes_of(out), strides_of(out), dtype, t);
-  Device::before_first_touch(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-  return out;
+  if (t.is_contiguous()) return fresh<Device>(empty(sizes_of(t), dtype, t));
+  const Tensor like = torch::stable::empty_like(t);
+  return fresh<Device>(dtype == t.scalar_type() ? like : empty_strided(sizes_of(like), strides_of(like), dtype, t));
 }
 
 // The divisor of a mean that the forward returned, or null.

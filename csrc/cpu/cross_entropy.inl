@@ -3,7 +3,7 @@
 // time, or across a tile of rows, one vector lane each, where classes are few or lie far apart.
 
 constexpr int64_t kBlock = 2048; // classes at a time along a row: 8 KiB of float stay in L1 for every pass
-constexpr int64_t kTile = 128;   // rows of a tile
+constexpr int64_t kTile = 512;   // rows of a tile
 constexpr int64_t kTileClasses = 32; // classes of a tile held at a time: 16 KiB of float
 
 // ---------------------------------------------------------------------------------------------
@@ -250,7 +250,10 @@ LOSSOPS_INLINE void logit_gradient(const A* z, const A* p, int64_t n, Row max, R
   for (int64_t i = 0; i < n; ++i) {
     const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
     const A value = grad_sum[i] * exp((z[i] - max[i]) - log_sum[i]) - grad[i] * t;
-    dz[i] = grad[i] == 0 ? A(0) : value;
+    if constexpr (std::is_same_v<Row, Uniform<A>>)
+      dz[i] = value; // a row without a gradient is not looked at
+    else
+      dz[i] = grad[i] == 0 ? A(0) : value;
   }
 }
 
@@ -423,15 +426,19 @@ struct TileLoad {
 
   void operator()(const ClassTensor& t, int64_t offset, int64_t row_stride, int64_t c0, int64_t k, int64_t n,
                   bool copies) {
-    if (t.class_stride == 1 && row_stride == k && t.dtype != dtype_of<A>) {
+    const int64_t class_size = (n + 15) / 16 * 16;
+    if (t.class_stride == 1 && row_stride == k) {
       // Short rows one behind the other: widened as they lie, then turned.
       alignas(64) A flat[kTileClasses * kTile];
       const A* rows = load(t.dtype, t.data, offset + c0, 1, n * k, flat);
-      for (int64_t c = 0; c < k; ++c) classes[c] = load(dtype_of<A>, rows, c, k, n, buffer + c * kTile);
+      for (int64_t c = 0; c < k; ++c) {
+        load_as(rows + c, k, n, buffer + c * class_size);
+        classes[c] = buffer + c * class_size;
+      }
       return;
     }
     for (int64_t c = 0; c < k; ++c) {
-      A* copy = buffer + c * kTile;
+      A* copy = buffer + c * class_size;
       const A* z = load(t.dtype, t.data, offset + (c0 + c) * t.class_stride, row_stride, n, copy);
       if (copies && z != copy) std::copy(z, z + n, copy);
       classes[c] = copies ? copy : z;
@@ -729,11 +736,17 @@ inline bool along_rows(const CrossEntropyProblem& a) {
   return a.rows.inner_size() < few_rows;
 }
 
+// Rows at a time: where they lie side by side, enough of each class for the prefetcher to follow its
+// stream; else few enough for L1 to keep the tile while it is turned.
+inline int64_t tile_rows(const CrossEntropyProblem& a) {
+  return a.rows.inner_stride(kLogits) == 1 && a.classes > 1 ? kTile : 128;
+}
+
 template <class A>
 void forward_range(const CrossEntropyForward& a, int64_t begin, int64_t end, double& loss_sum,
                    double& weight_sum) {
   const bool rows = along_rows(a);
-  for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
+  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
     if (!rows) return forward_tile<A>(a, o, n, loss_sum, weight_sum);
     for_each_row(a.rows, o, n, [&](const int64_t* at) { forward_row<A>(a, at, loss_sum, weight_sum); });
   });
@@ -771,7 +784,7 @@ void backward_chunk(const CrossEntropyBackward& a, int64_t row, int64_t c0, int6
 template <class A>
 void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
   const bool rows = along_rows(a), flat = is_flat(a);
-  for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
+  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
     if (!rows) return flat ? backward_flat<A>(a, o, n) : backward_tile<A>(a, o, n);
     for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_row<A>(a, at, 0, a.classes); });
   });
@@ -779,7 +792,7 @@ void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
 
 template <class A>
 void backward_backward_range(const CrossEntropyBackwardBackward& a, int64_t begin, int64_t end) {
-  for_each_run(a.rows, begin, end, kTile, [&](const int64_t* o, int64_t n) {
+  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
     for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_backward_row<A>(a, at); });
   });
 }
