@@ -47,7 +47,8 @@ class Sizes {
     for (const int64_t v : values) values_[count_++] = v;
   }
   Sizes(const int64_t* values, int64_t count) : count_(static_cast<int>(count)) {
-    LOSSOPS_CHECK(count <= kMaxDims, "lossops: expected tensors of at most ", kMaxDims, " dimensions, got ", count);
+    LOSSOPS_CHECK(count <= kMaxDims, "lossops: expected tensors of at most ", kMaxDims, " dimensions, got ",
+                  count);
     std::copy(values, values + count, values_);
   }
   void insert_first(int64_t value) {
@@ -194,7 +195,8 @@ template <class Device>
 Tensor empty_elementwise(const Tensor& t, ScalarType dtype) {
   if (t.is_contiguous()) return fresh<Device>(empty(sizes_of(t), dtype, t));
   const Tensor like = torch::stable::empty_like(t);
-  return fresh<Device>(dtype == t.scalar_type() ? like : empty_strided(sizes_of(like), strides_of(like), dtype, t));
+  return fresh<Device>(dtype == t.scalar_type() ? like
+                                                : empty_strided(sizes_of(like), strides_of(like), dtype, t));
 }
 
 // The divisor of a mean that the forward returned, or null.

@@ -43,14 +43,19 @@ def run(
     """
     if torch.compiler.is_compiling():
         return eager.apply(*args)
-    if _transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return general.apply(*args)[0]
     for tensor in tensors:
         if tensor.requires_grad and torch.is_grad_enabled():
             if any(map(_is_dead_wrapper, tensors)):  # as Function.apply does; rare
                 return eager.apply(*args)
-            return super(Function, eager).apply(*args)  # type: ignore[misc]
+            return bare_apply(eager)(*args)
     return op(*args)[0]
+
+
+def bare_apply(function: type[Function]) -> Callable[..., Any]:
+    """What `function.apply` comes to where no transform is at work and no wrapper left from one."""
+    return super(Function, function).apply  # type: ignore[misc]
 
 
 def may_be_differentiated(weight: Tensor) -> bool:
@@ -60,6 +65,11 @@ def may_be_differentiated(weight: Tensor) -> bool:
         or _transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work."""
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiates_backward() -> bool:

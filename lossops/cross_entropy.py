@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _C  # noqa: F401  (registers the ops)
+from . import _C
 from ._autograd import (
     MEAN,
     NONE,
     Combine,
     accumulation,
     autocast_dtype,
+    bare_apply,
     check_devices,
     differentiates_backward,
     divide,
@@ -36,6 +37,7 @@ from ._autograd import (
     run,
     vmap_by_loop,
 )
+from ._small import empty_scalar, is_small, takes_small_gradient
 
 _forward = torch.ops.lossops.cross_entropy_forward.default
 _backward = torch.ops.lossops.cross_entropy_backward.default
@@ -228,23 +230,14 @@ def _(
 # target are the loss and its gradient again, with the direction in the target's place.
 
 
-def _loss_backward(ctx, grad_loss, logits, target, weight, stats, normalizer):
-    need_logits, need_target = ctx.needs_input_grad[:2]
-    options = *ctx.options, need_logits, need_target
+def _loss_backward(needs, options, grad_loss, logits, target, weight, stats, normalizer):
+    options = *options, *needs
     if differentiates_backward():
         rows = divide(grad_loss.to(stats.dtype), normalizer).expand(stats.shape[1:])
         grads = CrossEntropyBackward.apply(rows, logits, target, weight, stats, *options)
     else:
         grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options)
-    return (
-        grads[0] if need_logits else None,
-        grads[1] if need_target else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 class EagerCrossEntropy(Function):
@@ -261,7 +254,47 @@ class EagerCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return _loss_backward(ctx, grad_loss, *ctx.saved_tensors)
+        grads = _loss_backward(ctx.needs_input_grad[:2], ctx.options, grad_loss, *ctx.saved_tensors)
+        return *grads, None, None, None, None, None
+
+
+class SmallCrossEntropy(Function):
+    """The mean for a small batch of class indices, with neither class weight nor smoothing."""
+
+    @staticmethod
+    def forward(ctx, logits, target, ignore_index):
+        rows, classes = logits.shape
+        loss = empty_scalar()
+        normalizer, stats = _C.small_cross_entropy_forward(
+            logits.data_ptr(), target.data_ptr(), loss.data_ptr(), rows, classes, ignore_index
+        )
+        if normalizer < 0:
+            _forward(logits, target, None, MEAN, ignore_index, 0.0, None)  # raises the IndexError
+        ctx.save_for_backward(logits, target)
+        ctx.rest = rows, classes, ignore_index, normalizer, stats
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        logits, target = ctx.saved_tensors
+        if takes_small_gradient(grad_loss):
+            grad = torch.empty_like(logits)
+            addresses = grad_loss.data_ptr(), logits.data_ptr(), target.data_ptr(), grad.data_ptr()
+            if _C.small_cross_entropy_backward(*addresses, *ctx.rest):
+                return grad, None, None
+        ignore_index = ctx.rest[2]
+        options = ignore_index, 0.0
+        with torch.no_grad():
+            _, stats, normalizer = _forward(logits, target, None, MEAN, *options, None)
+        needs = True, False
+        return (
+            _loss_backward(needs, options, grad_loss, logits, target, None, stats, normalizer)[0],
+            None,
+            None,
+        )
+
+
+_apply_small = bare_apply(SmallCrossEntropy)
 
 
 class CrossEntropy(Function):
@@ -287,7 +320,9 @@ class CrossEntropy(Function):
         logits, target, weight, stats, normalizer = ctx.saved_tensors
         if ctx.reduction != MEAN:
             normalizer = None
-        return _loss_backward(ctx, grad_loss, logits, target, weight, stats, normalizer)
+        saved = logits, target, weight, stats, normalizer
+        grads = _loss_backward(ctx.needs_input_grad[:2], ctx.options, grad_loss, *saved)
+        return *grads, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, logits_t, target_t, weight_t, *_):
@@ -631,6 +666,15 @@ def cross_entropy(
         out_dtype = autocast_dtype(input, target)
         if weight is not None and may_be_differentiated(weight):
             target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
+        plain = weight is None and label_smoothing == 0 and out_dtype is None and code == MEAN
+        if (
+            plain
+            and input.dim() == 2
+            and target.dim() == 1
+            and len(input) == len(target)
+            and is_small(input, target, torch.int64)
+        ):
+            return _apply_small(input, target, ignore_index)
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
         return run(EagerCrossEntropy, CrossEntropy, _forward, (input, target), args)
     except (AttributeError, TypeError, ValueError, RuntimeError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _C  # noqa: F401  (registers the ops)
+from . import _C
 from ._autograd import (
     MEAN,
     NONE,
@@ -23,6 +23,7 @@ from ._autograd import (
     Combine,
     accumulation,
     autocast_dtype,
+    bare_apply,
     check_devices,
     differentiates_backward,
     divide,
@@ -33,6 +34,7 @@ from ._autograd import (
     run,
     unsupported_dtype,
 )
+from ._small import empty_scalar, is_small, takes_small_gradient
 
 _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
@@ -97,14 +99,12 @@ def _(grad_loss, input, target, weight, normalizer, need_input, need_target):
 # others with a direction in the place of x and y: every order stays on the fused kernels.
 
 
-def _loss_backward(ctx, grad_loss, input, target, weight, normalizer):
-    need_input, need_target = ctx.needs_input_grad[:2]
+def _loss_backward(needs, grad_loss, input, target, weight, normalizer):
     if differentiates_backward():
-        grad = divide(grad_loss, normalizer)
-        grads = MSEBackward.apply(grad, input, target, weight, need_input, need_target)
+        grads = MSEBackward.apply(divide(grad_loss, normalizer), input, target, weight, *needs)
     else:
-        grads = _backward(grad_loss, input, target, weight, normalizer, need_input, need_target)
-    return grads[0] if need_input else None, grads[1] if need_target else None, None, None, None
+        grads = _backward(grad_loss, input, target, weight, normalizer, *needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 class EagerMSE(Function):
@@ -118,7 +118,34 @@ class EagerMSE(Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return _loss_backward(ctx, grad_loss, *ctx.saved_tensors)
+        grads = _loss_backward(ctx.needs_input_grad[:2], grad_loss, *ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+class SmallMSE(Function):
+    """The mean over a few elements, without weight."""
+
+    @staticmethod
+    def forward(ctx, input, target):
+        loss = empty_scalar()
+        _C.small_mse_forward(input.data_ptr(), target.data_ptr(), loss.data_ptr(), input.numel())
+        ctx.save_for_backward(input, target)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        input, target = ctx.saved_tensors
+        if takes_small_gradient(grad_loss):
+            grad = torch.empty_like(input)
+            _C.small_mse_backward(
+                grad_loss.data_ptr(), input.data_ptr(), target.data_ptr(), grad.data_ptr(), input.numel()
+            )
+            return grad, None
+        divisor = torch.tensor(input.numel(), dtype=torch.float64, device=input.device)
+        return _loss_backward((True, False), grad_loss, input, target, None, divisor)[0], None
+
+
+_apply_small = bare_apply(SmallMSE)
 
 
 class MSE(Function):
@@ -144,7 +171,8 @@ class MSE(Function):
         input, target, weight, normalizer = ctx.saved_tensors
         if ctx.reduction != MEAN:
             normalizer = None
-        return _loss_backward(ctx, grad_loss, input, target, weight, normalizer)
+        grads = _loss_backward(ctx.needs_input_grad[:2], grad_loss, input, target, weight, normalizer)
+        return *grads, None, None, None
 
     @staticmethod
     def jvp(ctx, input_t, target_t, *_):
@@ -378,6 +406,8 @@ def mse_loss(
             if may_be_differentiated(weight) or (code == MEAN and input.shape != shape):
                 return _composed_weighted_mse(input, target, weight, code, out_dtype)
             weight = _to_floating(weight, input).expand(input.shape)
+        elif code == MEAN and out_dtype is None and is_small(input, target, torch.float32):
+            return _apply_small(input, target)
         args = input, target, weight, code, out_dtype
         return run(EagerMSE, MSE, _forward, (input, target), args)
     except (AttributeError, TypeError, RuntimeError):

@@ -17,6 +17,21 @@ struct Buffers {
   alignas(64) A input[kBlock], target[kBlock], weight[kBlock], extra[kBlock], other[kBlock];
 };
 
+// A sum in double of short sums in A: exact enough whether or not the short ones are vectorised.
+template <class A, class F>
+LOSSOPS_INLINE double piecewise_sum(int64_t n, const F& term) {
+  constexpr int64_t kPiece = 128;
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t end = std::min(n, begin + kPiece);
+    A part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += term(i);
+    sum += part;
+  }
+  return sum;
+}
+
 template <class A>
 void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, double& weight_sum) {
   Buffers<A> b;
@@ -27,19 +42,13 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, 
   const bool weighted = a.weight.data != nullptr;
   const A* w = weighted ? operand(a.weight, kWeight, 1, b.weight) : nullptr;
   if (a.reduction != Reduction::none && a.input_tangent.data == nullptr) {
-    A total = 0, weight_total = 0;
     if (weighted) {
-#pragma omp simd reduction(+ : total, weight_total)
-      for (int64_t i = 0; i < n; ++i) {
-        total += w[i] * ((x[i] - y[i]) * (x[i] - y[i]));
-        weight_total += w[i];
-      }
+      sum += piecewise_sum<A>(n, [&](int64_t i) { return w[i] * ((x[i] - y[i]) * (x[i] - y[i])); });
+      weight_sum += piecewise_sum<A>(n, [&](int64_t i) { return w[i]; });
     } else {
-#pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < n; ++i) total += (x[i] - y[i]) * (x[i] - y[i]);
+      sum += piecewise_sum<A>(n, [&](int64_t i) { return (x[i] - y[i]) * (x[i] - y[i]); });
+      weight_sum += static_cast<double>(n);
     }
-    sum += total;
-    weight_sum += weighted ? weight_total : static_cast<A>(n);
     return;
   }
   const int64_t stride = a.elements.inner_stride(kOut);
@@ -63,14 +72,8 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, 
     store(a.out.dtype, out, a.out.data, o[kOut], stride, n);
     return;
   }
-  A total = 0, weight_total = 0;
-#pragma omp simd reduction(+ : total, weight_total)
-  for (int64_t i = 0; i < n; ++i) {
-    total += out[i];
-    weight_total += w[i];
-  }
-  sum += total;
-  weight_sum += weight_total;
+  sum += piecewise_sum<A>(n, [&](int64_t i) { return out[i]; });
+  weight_sum += piecewise_sum<A>(n, [&](int64_t i) { return w[i]; });
 }
 
 // grad_input = 2*g*w*(x - y), grad_target its negative.
