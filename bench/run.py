@@ -104,10 +104,12 @@ def measure(
     steps: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
     expected, expected_grad = None, None
     for name, loss in losses.items():
-        arguments = shared
+        # A leaf of its own, on the same memory: as in training, the gradient that a step gives back is
+        # the one that this implementation made in its last. Liger writes over the logits: a copy.
+        leaf = shared["input"].detach()
         if name not in (OURS, EAGER, COMPILE):
-            # Liger writes its gradient over the logits: a peer works on a copy.
-            arguments = {**shared, "input": shared["input"].detach().clone().requires_grad_()}
+            leaf = leaf.clone()
+        arguments = {**shared, "input": leaf.requires_grad_(row.backward)}
         x, step = arguments["input"], make_step(loss, arguments, row.backward)
         try:
             result = step()
@@ -129,7 +131,8 @@ def measure(
     while len(row.seconds[OURS]) < rounds or time.perf_counter() - start < LEAST_SECONDS:
         for name in row.seconds:
             row.seconds[name].append(meter.time(*steps[name], iterations))
-            steps[name][1].grad = None
+    for _, x in steps.values():
+        x.grad = None
     for name in row.seconds:
         step, x = steps[name]
         row.peak_bytes[name] = meter.peak(step, x, row.input_bytes if row.backward else 0)
