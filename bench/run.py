@@ -178,7 +178,7 @@ def main() -> None:
     rows: list[Row] = []
     # A quick run times forward only for its first case: compiling takes most of its minute.
     modes = [(True, False) if k == 0 or not arguments.quick else (True,) for k in range(len(selected))]
-    progress = tqdm(total=sum(map(len, modes)), unit="row")
+    progress = tqdm(total=sum(map(len, modes)), unit="row", disable=None)
     for (loss, module, case), backward_or_not in zip(selected, modes, strict=True):
         shared = case.arguments(meter.device)
         for backward in backward_or_not:

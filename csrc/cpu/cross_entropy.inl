@@ -423,10 +423,11 @@ template <class A>
 struct TileLoad {
   alignas(64) A buffer[kTileClasses * kTile];
   const A* classes[kTileClasses];
+  int64_t class_size; // from one class's copy to the next
 
   void operator()(const ClassTensor& t, int64_t offset, int64_t row_stride, int64_t c0, int64_t k, int64_t n,
                   bool copies) {
-    const int64_t class_size = (n + 15) / 16 * 16;
+    class_size = (n + 15) / 16 * 16;
     if (t.class_stride == 1 && row_stride == k) {
       // Short rows one behind the other: widened as they lie, then turned.
       alignas(64) A flat[kTileClasses * kTile];
@@ -446,39 +447,68 @@ struct TileLoad {
   }
 };
 
-// The targets of a tile: class index (-1: probabilities, or not counted) and its weight, 0 where the
-// row is not counted.
+// The targets of a tile: class index (-1: probabilities, or not counted), whether the row is counted,
+// and the weight of its target, 0 where it is not.
 template <class A>
 struct TileTarget {
-  alignas(64) int64_t index[kTile];
-  alignas(64) A weight[kTile];
+  alignas(64) int32_t index[kTile];
+  alignas(64) A counted[kTile], class_weight[kTile];
+  const A* weight = counted;
 
   TileTarget(const CrossEntropyProblem& a, const int64_t* o, int64_t n, bool* bad_target) {
     if (!a.index_target()) {
-      std::fill(index, index + n, int64_t{-1});
-      std::fill(weight, weight + n, a.classes == 0 ? A(0) : A(1)); // torch: the mean over no classes is NaN
+      std::fill(index, index + n, -1);
+      std::fill(counted, counted + n, A(1));
+      std::fill(class_weight, class_weight + n, A(0));
+      if (a.classes == 0) weight = class_weight; // torch: the mean over no classes is NaN
       return;
     }
-    const int64_t stride = a.rows.inner_stride(kTarget);
     with_type(a.target.dtype, [&](auto* type) {
       using T = std::remove_reference_t<decltype(*type)>;
       if constexpr (std::is_integral_v<T>) {
         const T* target = static_cast<const T*>(a.target.data) + o[kTarget];
-        int64_t bad = 0;
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t y = target[i * stride];
-          const bool inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(a.classes);
-          const bool ignored = y == a.ignore_index;
-          bad |= !inside & !ignored;
-          index[i] = inside & !ignored ? y : -1;
-        }
-        if (bad != 0) __atomic_store_n(bad_target, true, __ATOMIC_RELAXED);
+        if (read(target, a.rows.inner_stride(kTarget), n, a.classes, a.ignore_index))
+          __atomic_store_n(bad_target, true, __ATOMIC_RELAXED);
       }
     });
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) counted[i] = index[i] >= 0 ? A(1) : A(0);
+    if (a.weight == nullptr) return;
     const A* w = static_cast<const A*>(a.weight);
-    for (int64_t i = 0; i < n; ++i) weight[i] = index[i] < 0 ? A(0) : w == nullptr ? A(1) : w[index[i]];
+    for (int64_t i = 0; i < n; ++i) class_weight[i] = index[i] >= 0 ? w[index[i]] : A(0);
+    weight = class_weight;
+  }
+
+ private:
+  // Fills in `index`; true where a class index is out of range.
+  template <class T>
+  LOSSOPS_INLINE bool read(const T* target, int64_t stride, int64_t n, int64_t classes,
+                           int64_t ignore_index) {
+    int64_t bad = 0;
+#pragma omp simd reduction(| : bad)
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t y = target[i * stride];
+      const int64_t inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes) ? 1 : 0;
+      const int64_t ignored = y == ignore_index ? 1 : 0;
+      bad |= (inside | ignored) ^ 1;
+      index[i] = static_cast<int32_t>((inside & ~ignored) != 0 ? y : int64_t{-1});
+    }
+    return bad != 0;
   }
 };
+
+// The logits of the targets that lie among the k classes from c0 on.
+template <class A>
+LOSSOPS_INLINE void tile_pick(const A* z, int64_t class_size, const int32_t* index, int32_t c0, int32_t k,
+                              int64_t n, A* __restrict picked) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t y = index[i] - c0;
+    const bool here = 0 <= y && y < k;
+    const A value = z[(here ? y : 0) * class_size + i];
+    picked[i] = here ? value : picked[i];
+  }
+}
 
 template <class A>
 LOSSOPS_INLINE void tile_max(const A* z, int64_t n, A* __restrict max) {
@@ -503,15 +533,15 @@ LOSSOPS_INLINE void tile_add_target(const A* z, const A* p, const A* ref, A w, i
   }
 }
 
-// From sums to losses: a row that is not counted (weight 0 of an index) leaves zeros. On return max
-// and sum hold the stats.
+// From sums to losses, with a class index's own term (keep is 0 for probabilities). A row that is not
+// counted leaves zeros. On return max and sum hold the stats.
 template <class A>
-LOSSOPS_INLINE void tile_finish(const A* keep_weight, const A* target_logit, const A* counted, int64_t n,
+LOSSOPS_INLINE void tile_finish(A keep, const A* weight, const A* target_logit, const A* counted, int64_t n,
                                 A* __restrict max, A* __restrict sum, A* __restrict target_sum,
                                 A* __restrict dot, A* __restrict loss) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A t = keep_weight[i];
+    const A t = keep * weight[i];
     const A log_sum = log(sum[i]);
     const A s = target_sum[i] + t;
     const A value = s * log_sum - (dot[i] + target_term(t, target_logit[i] - anchor(max[i])));
@@ -568,17 +598,13 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
       else
         tile_add_target<true>(z.classes[c], p.classes[c], ref, w, n, smoothing, target_sum, dot);
     }
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t y = target.index[i] - c0;
-      if (0 <= y && y < k) target_logit[i] = z.classes[y][i];
-    }
+    if (index_target)
+      tile_pick(z.buffer, z.class_size, target.index, static_cast<int32_t>(c0), static_cast<int32_t>(k), n,
+                target_logit);
   }
-  alignas(64) A loss[kTile], keep_weight[kTile], counted[kTile];
-  for (int64_t i = 0; i < n; ++i) {
-    counted[i] = !index_target || target.index[i] >= 0 ? A(1) : A(0);
-    keep_weight[i] = index_target ? smoothing.keep * target.weight[i] : A(0);
-  }
-  tile_finish(keep_weight, target_logit, counted, n, max, sum, target_sum, dot, loss);
+  alignas(64) A loss[kTile];
+  const A keep = index_target ? smoothing.keep : A(0);
+  tile_finish(keep, target.weight, target_logit, target.counted, n, max, sum, target_sum, dot, loss);
   loss_sum += tile_sum(loss, n);
   weight_sum += tile_sum(target.weight, n);
   const Stats<A> stats(a);
@@ -618,9 +644,9 @@ struct TileGradient {
       const double* g = load(a.grad_loss_dtype, a.grad_loss, o[kGradLoss], grad_stride, n, buffer);
       for (int64_t i = 0; i < n; ++i) grad[i] = static_cast<A>(g[i] / divisor);
     }
-    const bool index_target = a.index_target();
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      grad[i] = !index_target | (target.index[i] >= 0) ? grad[i] : A(0);
+      grad[i] = target.counted[i] != 0 ? grad[i] : A(0);
       grad_sum[i] = grad[i] * target_sum[i];
     }
   }
@@ -732,6 +758,7 @@ void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
 inline bool along_rows(const CrossEntropyProblem& a) {
   constexpr int64_t few_classes = 48, few_rows = 8;
   if (a.classes == 0) return false;
+  if (a.classes > std::numeric_limits<int32_t>::max()) return true; // tiles index classes in 32 bits
   if (a.logits.class_stride == 1 || a.rows.inner_stride(kLogits) != 1) return a.classes >= few_classes;
   return a.rows.inner_size() < few_rows;
 }
