@@ -17,19 +17,28 @@ struct Buffers {
   alignas(64) A input[kBlock], target[kBlock], weight[kBlock], extra[kBlock], other[kBlock];
 };
 
-// A sum in double of short sums in A: exact enough whether or not the short ones are vectorised.
+// Sums in double of short sums in A: exact enough whether or not the short ones are vectorised. Without
+// weights (null) each counts 1.
 template <class A, class F>
-LOSSOPS_INLINE double piecewise_sum(int64_t n, const F& term) {
+LOSSOPS_INLINE void add_piecewise(int64_t n, const F& term, const A* w, double& sum, double& weight_sum) {
   constexpr int64_t kPiece = 128;
-  double sum = 0;
   for (int64_t begin = 0; begin < n; begin += kPiece) {
     const int64_t end = std::min(n, begin + kPiece);
-    A part = 0;
+    A part = 0, weight_part = 0;
+    if (w == nullptr) {
 #pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part += term(i);
+      for (int64_t i = begin; i < end; ++i) part += term(i);
+      weight_part = static_cast<A>(end - begin);
+    } else {
+#pragma omp simd reduction(+ : part, weight_part)
+      for (int64_t i = begin; i < end; ++i) {
+        part += term(i);
+        weight_part += w[i];
+      }
+    }
     sum += part;
+    weight_sum += weight_part;
   }
-  return sum;
 }
 
 template <class A>
@@ -42,13 +51,10 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, 
   const bool weighted = a.weight.data != nullptr;
   const A* w = weighted ? operand(a.weight, kWeight, 1, b.weight) : nullptr;
   if (a.reduction != Reduction::none && a.input_tangent.data == nullptr) {
-    if (weighted) {
-      sum += piecewise_sum<A>(n, [&](int64_t i) { return w[i] * ((x[i] - y[i]) * (x[i] - y[i])); });
-      weight_sum += piecewise_sum<A>(n, [&](int64_t i) { return w[i]; });
-    } else {
-      sum += piecewise_sum<A>(n, [&](int64_t i) { return (x[i] - y[i]) * (x[i] - y[i]); });
-      weight_sum += static_cast<double>(n);
-    }
+    if (weighted)
+      add_piecewise(n, [&](int64_t i) { return w[i] * ((x[i] - y[i]) * (x[i] - y[i])); }, w, sum, weight_sum);
+    else
+      add_piecewise(n, [&](int64_t i) { return (x[i] - y[i]) * (x[i] - y[i]); }, w, sum, weight_sum);
     return;
   }
   const int64_t stride = a.elements.inner_stride(kOut);
@@ -72,8 +78,7 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, 
     store(a.out.dtype, out, a.out.data, o[kOut], stride, n);
     return;
   }
-  sum += piecewise_sum<A>(n, [&](int64_t i) { return out[i]; });
-  weight_sum += piecewise_sum<A>(n, [&](int64_t i) { return w[i]; });
+  add_piecewise(n, [&](int64_t i) { return out[i]; }, w, sum, weight_sum);
 }
 
 // grad_input = 2*g*w*(x - y), grad_target its negative.
