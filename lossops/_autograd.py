@@ -96,7 +96,10 @@ def accumulation(*tensors: Tensor | None) -> torch.dtype:
 
 def autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
     """float32 where autocast, which lists both losses as float32 ops, is on for 16-bit input."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(input.device.type):
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     if input.dtype not in (torch.float16, torch.bfloat16) or target.dtype == torch.float64:
         return None

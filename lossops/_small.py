@@ -25,46 +25,54 @@ _is_dead_wrapper = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[at
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
 
 
+def plain(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the address of a tensor says all about it. Saved tensors are asked again: hooks may have
+    put others in their place."""
+    return (
+        type(x) in _TYPES
+        and x.dtype is dtype
+        and x.is_cpu
+        and x.is_contiguous()
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not _is_dead_wrapper(x)
+        and not _is_batched(x)
+    )
+
+
+def unwatched() -> bool:
+    """Whether nothing is at work that has to see the ops."""
+    return not is_transformed() and _dispatch_modes() == 0
+
+
 def is_small(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> bool:
-    """Whether these arguments may go round the dispatcher. One expression: each call counts here."""
+    """Whether a loss of these arguments may go round the dispatcher."""
     return (
         not torch.compiler.is_compiling()
         and input.requires_grad
         and torch.is_grad_enabled()
-        and type(input) in _TYPES
-        and type(target) in _TYPES
-        and input.dtype is torch.float32
-        and target.dtype is target_dtype
         and not target.requires_grad
-        and input.is_cpu
-        and target.is_cpu
-        and input.is_contiguous()
-        and target.is_contiguous()
+        and plain(input, torch.float32)
+        and plain(target, target_dtype)
         and 0 < input.numel() <= LIMIT
-        and not is_transformed()
-        and not _is_dead_wrapper(input)
-        and not _is_dead_wrapper(target)
-        and _dispatch_modes() == 0
+        and unwatched()
         and _tracing() is None
         and not _profiling()
+    )
+
+
+def takes_small_gradient(grad_loss: Tensor, input: Tensor, target: Tensor, target_dtype: torch.dtype) -> bool:
+    """Whether the backward is as plain as the forward was, and is not itself to be differentiated."""
+    return (
+        not torch.is_grad_enabled()
+        and grad_loss.dim() == 0
+        and plain(grad_loss, torch.float32)
+        and plain(input, torch.float32)
+        and plain(target, target_dtype)
+        and unwatched()
     )
 
 
 def empty_scalar() -> Tensor:
     """A 0-d float32 tensor on the CPU, whatever torch's defaults are set to."""
     return torch.empty_strided((), (), dtype=torch.float32, device=_CPU)
-
-
-def takes_small_gradient(grad_loss: Tensor) -> bool:
-    """Whether the backward is as plain as the forward was: nothing differentiates or watches it."""
-    return (
-        not torch.is_grad_enabled()
-        and type(grad_loss) is Tensor
-        and grad_loss.dtype is torch.float32
-        and grad_loss.is_cpu
-        and grad_loss.dim() == 0
-        and not is_transformed()
-        and _dispatch_modes() == 0
-        and not _is_dead_wrapper(grad_loss)
-        and not _is_batched(grad_loss)
-    )

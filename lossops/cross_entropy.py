@@ -277,7 +277,7 @@ class SmallCrossEntropy(Function):
     @staticmethod
     def backward(ctx, grad_loss):
         logits, target = ctx.saved_tensors
-        if takes_small_gradient(grad_loss):
+        if takes_small_gradient(grad_loss, logits, target, torch.int64):
             grad = torch.empty_like(logits)
             addresses = grad_loss.data_ptr(), logits.data_ptr(), target.data_ptr(), grad.data_ptr()
             if _C.small_cross_entropy_backward(*addresses, *ctx.rest):
@@ -706,7 +706,7 @@ def _weighted_target(
             f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
         )
     classes = input.size(_class_dim(input))
-    t = _per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / classes)
+    t = _per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / max(classes, 1))
     return t, None, 0.0
 
 

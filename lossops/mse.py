@@ -101,7 +101,8 @@ def _(grad_loss, input, target, weight, normalizer, need_input, need_target):
 
 def _loss_backward(needs, grad_loss, input, target, weight, normalizer):
     if differentiates_backward():
-        grads = MSEBackward.apply(divide(grad_loss, normalizer), input, target, weight, *needs)
+        grad = divide(grad_loss.to(accumulation(input, target, weight)), normalizer)
+        grads = MSEBackward.apply(grad, input, target, weight, *needs)
     else:
         grads = _backward(grad_loss, input, target, weight, normalizer, *needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
@@ -135,7 +136,7 @@ class SmallMSE(Function):
     @staticmethod
     def backward(ctx, grad_loss):
         input, target = ctx.saved_tensors
-        if takes_small_gradient(grad_loss):
+        if takes_small_gradient(grad_loss, input, target, torch.float32):
             grad = torch.empty_like(input)
             _C.small_mse_backward(
                 grad_loss.data_ptr(), input.data_ptr(), target.data_ptr(), grad.data_ptr(), input.numel()
@@ -188,7 +189,7 @@ class MSE(Function):
     def vmap(info, in_dims, input, target, weight, reduction, out_dtype):
         input, target, weight = _batch_first(info, in_dims, input, target, weight)
         dtype = out_dtype or promote(input, target, weight)
-        row_dtype = dtype if reduction == NONE else accumulation(input, target)
+        row_dtype = dtype if reduction == NONE else accumulation(input, target, weight)
         loss, normalizer = MSE.apply(input, target, weight, NONE, row_dtype)
         if reduction == NONE:
             return (loss, normalizer), (0, None)
@@ -271,7 +272,7 @@ class MSEJvp(Function):
 
     @staticmethod
     def forward(input, target, weight, input_t, target_t, reduction):
-        dtype = accumulation(input, target)
+        dtype = accumulation(input, target, weight)
         return _jvp(input, target, weight, input_t, target_t, reduction, dtype)[0]
 
     @staticmethod

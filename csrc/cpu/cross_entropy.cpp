@@ -36,6 +36,7 @@ constexpr int64_t kStateBytes = 4 * sizeof(double);
 } // namespace
 
 void launch(const CrossEntropyForward& a) {
+  const Isa isa = active_isa();
   double loss[kMaxUnits], weight[kMaxUnits]; // set by the unit they belong to
   const Chunks chunks(a);
   int64_t sums = 0;
@@ -72,6 +73,7 @@ void launch(const CrossEntropyForward& a) {
 }
 
 void launch(const CrossEntropyBackward& a) {
+  const Isa isa = active_isa();
   const Chunks chunks(a);
   if (chunks.per_row > 1) {
     const Units pieces(a.rows.count * chunks.per_row, chunks.size, chunks.size);
@@ -88,6 +90,7 @@ void launch(const CrossEntropyBackward& a) {
 }
 
 void launch(const CrossEntropyBackwardBackward& a) {
+  const Isa isa = active_isa();
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(backward_backward_range, a, units.begin(unit), units.end(unit));

@@ -565,6 +565,7 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
                   double& weight_sum) {
   TileLoad<A> z, p;
   alignas(64) A max[kTile], sum[kTile], target_sum[kTile], dot[kTile], ref[kTile], target_logit[kTile];
+  alignas(64) A part_sum[kTile], part_target[kTile], part_dot[kTile];
   const Smoothing<A> smoothing(a);
   const TileTarget<A> target(a, o, n, a.bad_target);
   const bool index_target = a.index_target();
@@ -589,14 +590,24 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
     }
     std::copy(ref, ref + n, max);
     for (int64_t i = 0; i < n; ++i) ref[i] = anchor(max[i]);
+    // Sums of these classes alone first: added one by one to a long sum, many classes would lose digits.
+    std::fill(part_sum, part_sum + n, A(0));
+    std::fill(part_target, part_target + n, A(0));
+    std::fill(part_dot, part_dot + n, A(0));
     for (int64_t c = 0; c < k; ++c) {
-      tile_add_exp(z.classes[c], ref, n, sum);
+      tile_add_exp(z.classes[c], ref, n, part_sum);
       if (!a.has_target_sum()) continue;
       const A w = a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c];
       if (index_target)
-        tile_add_target<false, A>(z.classes[c], nullptr, ref, w, n, smoothing, target_sum, dot);
+        tile_add_target<false, A>(z.classes[c], nullptr, ref, w, n, smoothing, part_target, part_dot);
       else
-        tile_add_target<true>(z.classes[c], p.classes[c], ref, w, n, smoothing, target_sum, dot);
+        tile_add_target<true>(z.classes[c], p.classes[c], ref, w, n, smoothing, part_target, part_dot);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      sum[i] += part_sum[i];
+      target_sum[i] += part_target[i];
+      dot[i] += part_dot[i];
     }
     if (index_target)
       tile_pick(z.buffer, z.class_size, target.index, static_cast<int32_t>(c0), static_cast<int32_t>(k), n,
@@ -718,9 +729,10 @@ LOSSOPS_INLINE void spread(const A* values, int64_t rows, int64_t classes, A* ou
 constexpr int64_t kFlat = 1024;
 
 inline bool is_flat(const CrossEntropyBackward& a) {
-  return a.index_target() && a.logits.class_stride == 1 && a.rows.inner_stride(kLogits) == a.classes &&
-         a.grad_logits.class_stride == 1 && a.rows.inner_stride(kGradLogits) == a.classes &&
-         a.classes <= kFlat && (a.weight == nullptr || a.label_smoothing == 0);
+  return a.classes > 0 && a.index_target() && a.logits.class_stride == 1 &&
+         a.rows.inner_stride(kLogits) == a.classes && a.grad_logits.class_stride == 1 &&
+         a.rows.inner_stride(kGradLogits) == a.classes && a.classes <= kFlat &&
+         (a.weight == nullptr || a.label_smoothing == 0);
 }
 
 template <class A>

@@ -26,7 +26,7 @@ namespace lossops::cpu::baseline {
 #if LOSSOPS_X86_KERNELS
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 namespace lossops::cpu::avx2 {
 #include "numeric.inl"
 #include LOSSOPS_KERNELS
@@ -34,7 +34,7 @@ namespace lossops::cpu::avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace lossops::cpu::avx512 {
 #include "numeric.inl"
 #include LOSSOPS_KERNELS
@@ -43,17 +43,18 @@ namespace lossops::cpu::avx512 {
 
 #endif // LOSSOPS_X86_KERNELS
 
-// Calls FUNCTION, a template of LOSSOPS_KERNELS, for the active instruction set and the
+// Calls FUNCTION, a template of LOSSOPS_KERNELS, for the instruction set `isa` (asked for before any
+// thread starts: a bad LOSSOPS_CPU_ISA throws) and the
 // accumulation type of the problem ARGS.
 #if LOSSOPS_X86_KERNELS
 #define LOSSOPS_FOR_ISA(...)                      \
-  switch (active_isa()) {                         \
+  switch (isa) {                                  \
     case Isa::avx512: avx512::__VA_ARGS__; break; \
     case Isa::avx2: avx2::__VA_ARGS__; break;     \
     default: baseline::__VA_ARGS__;               \
   }
 #else
-#define LOSSOPS_FOR_ISA(...) baseline::__VA_ARGS__;
+#define LOSSOPS_FOR_ISA(...) static_cast<void>(isa), baseline::__VA_ARGS__;
 #endif
 #define LOSSOPS_CALL(FUNCTION, ARGS, ...)                \
   if ((ARGS).use_double) {                               \

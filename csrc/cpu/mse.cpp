@@ -14,6 +14,7 @@ constexpr int64_t kElementsPerUnit = 16384;
 } // namespace
 
 void launch(const MSEForward& a) {
+  const Isa isa = active_isa();
   double sums[kMaxUnits], weights[kMaxUnits]; // set by the unit they belong to
   const Units units(a.elements.count, 1, kElementsPerUnit);
   parallel_for_units(units, 1, [&](int64_t unit) {
@@ -31,6 +32,7 @@ void launch(const MSEForward& a) {
 }
 
 void launch(const MSEBackward& a) {
+  const Isa isa = active_isa();
   const Units units(a.elements.count, 1, kElementsPerUnit);
   parallel_for_units(
       units, 1, [&](int64_t unit) { LOSSOPS_CALL(backward_range, a, units.begin(unit), units.end(unit)); });

@@ -39,7 +39,8 @@ LOSSOPS_INLINE float exp(float x) {
   p = p * r + 0x1.fffdc6p-2f;
   p = p * r + 0x1.fffff6p-1f;
   p = p * r + 1.0f;
-  const float y = bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+  // Times 2^n, not n added to p's exponent: a NaN's payload would turn it into a number.
+  const float y = p * bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
   return x < -87.33f ? 0.0f : y;
 }
 
@@ -62,7 +63,7 @@ LOSSOPS_INLINE double exp(double x) {
   p = p * r + 1.0 / 6;
   p = p * r + 0.5;
   p = (p * r) * r + r + 1.0;
-  const double y = bits_as<double>(bits_as<uint64_t>(p) + (bits_as<uint64_t>(shifted) << 52));
+  const double y = p * bits_as<double>((bits_as<uint64_t>(shifted) + 1023u) << 52);
   return x < -708.39 ? 0.0 : y;
 }
 
