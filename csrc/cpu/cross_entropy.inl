@@ -590,21 +590,26 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
     }
     std::copy(ref, ref + n, max);
     for (int64_t i = 0; i < n; ++i) ref[i] = anchor(max[i]);
-    // Sums of these classes alone first: added one by one to a long sum, many classes would lose digits.
-    std::fill(part_sum, part_sum + n, A(0));
-    std::fill(part_target, part_target + n, A(0));
-    std::fill(part_dot, part_dot + n, A(0));
+    // Later classes are summed by themselves first: added one by one to a long sum, many would lose digits.
+    const bool first = c0 == 0;
+    A* sums = first ? sum : part_sum;
+    A* targets = first ? target_sum : part_target;
+    A* dots = first ? dot : part_dot;
+    if (!first) {
+      std::fill(part_sum, part_sum + n, A(0));
+      std::fill(part_target, part_target + n, A(0));
+      std::fill(part_dot, part_dot + n, A(0));
+    }
     for (int64_t c = 0; c < k; ++c) {
-      tile_add_exp(z.classes[c], ref, n, part_sum);
+      tile_add_exp(z.classes[c], ref, n, sums);
       if (!a.has_target_sum()) continue;
       const A w = a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c];
       if (index_target)
-        tile_add_target<false, A>(z.classes[c], nullptr, ref, w, n, smoothing, part_target, part_dot);
+        tile_add_target<false, A>(z.classes[c], nullptr, ref, w, n, smoothing, targets, dots);
       else
-        tile_add_target<true>(z.classes[c], p.classes[c], ref, w, n, smoothing, part_target, part_dot);
+        tile_add_target<true>(z.classes[c], p.classes[c], ref, w, n, smoothing, targets, dots);
     }
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < (first ? 0 : n); ++i) {
       sum[i] += part_sum[i];
       target_sum[i] += part_target[i];
       dot[i] += part_dot[i];
