@@ -1,10 +1,21 @@
 // The ops of softmax cross-entropy: checks, allocation, registration. Maths: cross_entropy.h.
 #include "cross_entropy.h"
 
-#include "op.h"
+#include "device.h"
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
 
 namespace lossops {
 namespace {
+
+IndexError out_of_bounds(const std::string& op, int64_t target, const std::string& row, int64_t classes,
+                         const std::string& ignore_index) {
+  return IndexError(sentence(op, ": Target ", target, " is out of bounds: row ", row,
+                             " of the target needs a class index from 0 to C-1 for C = ", classes, " or ",
+                             ignore_index));
+}
 
 // A call's tensors, checked, and the rows they have in common. Holds what it had to copy.
 class Operands {
@@ -100,10 +111,14 @@ class Operands {
                         : dtype == DType::i32 ? static_cast<const int32_t*>(data)[row]
                                               : static_cast<const uint8_t*>(data)[row];
       if (y == problem_.ignore_index || (0 <= y && y < problem_.classes)) continue;
-      LOSSOPS_CHECK_AS(IndexError, false, op_, ": Target ", y, " is out of bounds: row ", place(row),
-                       " of the target needs a class index from 0 to C-1 for C = ", problem_.classes,
-                       " or ignore_index (", problem_.ignore_index, ")");
+      throw bad_target(row, y, problem_.classes);
     }
+  }
+
+  IndexError bad_target(int64_t row, int64_t value, int64_t classes) const {
+    // A row that another call recorded, replayed from a graph, may lie beyond this one's.
+    return out_of_bounds(op_, value, row < problem_.rows.count ? place(row) : std::to_string(row), classes,
+                         sentence("ignore_index (", problem_.ignore_index, ")"));
   }
 
  private:
@@ -194,13 +209,55 @@ class Operands {
   Tensor stats_;
 };
 
-// Runs a call that reads class indices, and turns one out of range into an IndexError.
-template <class Device, class Call>
-void launch(const Operands& operands, Call& call) {
+// Runs a call, and turns a class index out of range into an IndexError.
+template <class Call>
+void launch(Cpu, const Operands& operands, Call& call) {
   bool bad_target = false;
   call.bad_target = &bad_target;
-  Device::launch(call);
+  Cpu::launch(call, operands.logits);
   if (bad_target) operands.raise_bad_target();
+}
+
+#ifdef LOSSOPS_CUDA
+
+// Devices whose kernels have read class indices. They stay marked: a graph may replay them any time.
+std::array<std::atomic<bool>, 128> reads_indices; // torch numbers devices in an int8_t
+
+bool sync_checks() {
+  static const bool on = [] {
+    const char* value = std::getenv("LOSSOPS_SYNC_CHECKS");
+    return value != nullptr && std::string(value) == "1";
+  }();
+  return on;
+}
+
+// The kernels only record an index out of range: finding out means waiting for them.
+template <class Call>
+void launch(Cuda, const Operands& operands, Call& call) {
+  Cuda::launch(call, operands.logits);
+  if (!operands.index_target) return;
+  const int32_t device = operands.logits.get_device_index();
+  reads_indices[std::max(0, device)] = true;
+  if (!sync_checks()) return;
+  const OnCudaDevice here(device);
+  cuda::BadTarget bad;
+  if (!here.is_capturing() && cuda::take_bad_target(bad))
+    throw operands.bad_target(bad.row, bad.value, bad.classes);
+}
+
+#endif
+
+void check_async_errors() {
+#ifdef LOSSOPS_CUDA
+  for (int device = 0; device < static_cast<int>(reads_indices.size()); ++device) {
+    if (!reads_indices[device]) continue;
+    const OnCudaDevice here(device);
+    cuda::BadTarget bad;
+    if (cuda::take_bad_target(bad))
+      throw out_of_bounds(sentence("cross_entropy on cuda:", device), bad.value, std::to_string(bad.row),
+                          bad.classes, "ignore_index");
+  }
+#endif
 }
 
 template <class Device>
@@ -228,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
   call.loss_dtype = dtype_of(loss, op, "out_dtype");
   call.stats = stats.data_ptr();
   call.normalizer = static_cast<double*>(normalizer.data_ptr());
-  launch<Device>(operands, call);
+  launch(Device{}, operands, call);
   return {loss, stats, normalizer};
 }
 
@@ -243,7 +300,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor grad_loss, Tensor logit
   const auto [grad_logits, grad_target] = operands.take_gradients<Device>(call, need_logits, need_target);
   operands.take_upstream(call, grad_loss, stats, normalizer);
   operands.give(call);
-  launch<Device>(operands, call);
+  launch(Device{}, operands, call);
   return {grad_logits, grad_target};
 }
 
@@ -263,16 +320,22 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward_backward(
   Tensor row_dot = empty(operands.row_shape, operands.accumulation(), logits);
   call.row_dot = row_dot.data_ptr();
   operands.give(call);
-  launch<Device>(operands, call);
+  launch(Device{}, operands, call);
   return {row_dot, grad_logits, grad_target};
 }
 
-} // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(lossops, CPU, m) {
-  m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward<Cpu>));
-  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward<Cpu>));
-  m.impl("cross_entropy_backward_backward", TORCH_BOX(&cross_entropy_backward_backward<Cpu>));
+template <class Device, class Library>
+void implement(Library& m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward<Device>));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward<Device>));
+  m.impl("cross_entropy_backward_backward", TORCH_BOX(&cross_entropy_backward_backward<Device>));
 }
 
+LOSSOPS_IMPLEMENT(implement)
+
+STABLE_TORCH_LIBRARY_IMPL(LOSSOPS_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("check_async_errors", TORCH_BOX(&check_async_errors));
+}
+
+} // namespace
 } // namespace lossops

@@ -44,13 +44,13 @@ struct CrossEntropyProblem {
   // (stat_rows, rows) in the accumulation type: max, log_sum and, where has_target_sum(), S.
   void* stats = nullptr;
 
-  bool index_target() const {
+  LOSSOPS_HOST_DEVICE bool index_target() const {
     return target.dtype >= DType::u8;
   }
-  bool has_target_sum() const {
+  LOSSOPS_HOST_DEVICE bool has_target_sum() const {
     return !index_target() || label_smoothing != 0;
   }
-  int stat_rows() const {
+  LOSSOPS_HOST_DEVICE int stat_rows() const {
     return has_target_sum() ? 3 : 2;
   }
 };
@@ -60,7 +60,7 @@ struct CrossEntropyForward : CrossEntropyProblem {
   void* loss = nullptr; // one element a row for none, else one element
   DType loss_dtype = DType::f32;
   double* normalizer = nullptr; // what mean divides by
-  bool* bad_target = nullptr;   // set when a class index is out of range
+  bool* bad_target = nullptr;   // set when a class index is out of range (CPU)
 };
 
 struct CrossEntropyBackward : CrossEntropyProblem {
@@ -69,7 +69,7 @@ struct CrossEntropyBackward : CrossEntropyProblem {
   const double* normalizer = nullptr; // divides grad_loss, or null
   ClassTensor grad_logits;            // data may be null
   ClassTensor grad_target;            // probabilities only; data may be null
-  bool* bad_target = nullptr;
+  bool* bad_target = nullptr;         // as in the forward
 };
 
 // Derivative of grad_logits along `tangent` v, with the vector products that double backward needs:
@@ -86,5 +86,30 @@ void launch(const CrossEntropyForward&);
 void launch(const CrossEntropyBackward&);
 void launch(const CrossEntropyBackwardBackward&);
 } // namespace cpu
+
+namespace cuda {
+
+// Device memory that a call needs beside its operands.
+int64_t workspace_bytes(const CrossEntropyForward&);
+int64_t workspace_bytes(const CrossEntropyBackward&);
+int64_t workspace_bytes(const CrossEntropyBackwardBackward&);
+
+// On the current device and this cudaStream_t; returns before the kernels have run. `bad_target` is not
+// used: a class index out of range makes its row NaN and is recorded for take_bad_target.
+void launch(const CrossEntropyForward&, void* workspace, void* stream);
+void launch(const CrossEntropyBackward&, void* workspace, void* stream);
+void launch(const CrossEntropyBackwardBackward&, void* workspace, void* stream);
+
+struct BadTarget {
+  int64_t row; // in the logical order of the rows
+  int64_t value;
+  int64_t classes;
+};
+
+// Waits for the current device. True where a kernel has met a class index out of range since the last
+// call: then the first that was recorded.
+bool take_bad_target(BadTarget&);
+
+} // namespace cuda
 
 } // namespace lossops

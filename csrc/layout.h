@@ -5,6 +5,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define LOSSOPS_HOST_DEVICE __host__ __device__
+#else
+#define LOSSOPS_HOST_DEVICE
+#endif
+
 namespace lossops {
 
 enum class DType : int8_t { f16, bf16, f32, f64, u8, i32, i64 };
@@ -28,18 +34,18 @@ struct Positions {
     for (auto& of_operand : stride) std::fill(of_operand, of_operand + n, int64_t{0});
   }
 
-  int64_t inner_size() const {
+  LOSSOPS_HOST_DEVICE int64_t inner_size() const {
     return dims == 0 ? 1 : size[dims - 1];
   }
-  int64_t inner_stride(int operand) const {
+  LOSSOPS_HOST_DEVICE int64_t inner_stride(int operand) const {
     return dims == 0 ? 0 : stride[operand][dims - 1];
   }
 
-  void offsets(int64_t linear, int64_t (&out)[Operands]) const {
-    std::fill(out, out + Operands, 0);
+  LOSSOPS_HOST_DEVICE void offsets(int64_t linear, int64_t (&out)[Operands]) const {
+    for (int64_t& offset : out) offset = 0;
     for (int d = dims - 1; d >= 0; --d) {
-      const int64_t index = linear % size[d];
-      linear /= size[d];
+      const int64_t index = d == 0 ? linear : linear % size[d]; // no division where rows are evenly spaced
+      if (d > 0) linear /= size[d];
       for (int k = 0; k < Operands; ++k) out[k] += index * stride[k][d];
     }
   }

@@ -1,7 +1,7 @@
 // The ops of mean squared error: checks, allocation, registration. Maths: mse.h.
 #include "mse.h"
 
-#include "op.h"
+#include "device.h"
 
 namespace lossops {
 namespace {
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> forward(Operands& operands, MSEForward& call, const T
       none ? operands.take(loss, kOut, "loss") : Elements{loss.data_ptr(), dtype_of(loss, op, "out_dtype")};
   call.normalizer = static_cast<double*>(normalizer.data_ptr());
   operands.give(call);
-  Device::launch(call);
+  Device::launch(call, input);
   return {loss, normalizer};
 }
 
@@ -113,16 +113,18 @@ std::tuple<Tensor, Tensor> mse_backward(Tensor grad_loss, Tensor input, Tensor t
   Tensor grad_target = gradient(need_target, target, kOutTarget, "grad_target", call.grad_target);
   call.normalizer = normalizer_pointer(normalizer, input, op);
   operands.give(call);
-  Device::launch(call);
+  Device::launch(call, input);
   return {grad_input, grad_target};
 }
 
-} // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(lossops, CPU, m) {
-  m.impl("mse_forward", TORCH_BOX(&mse_forward<Cpu>));
-  m.impl("mse_jvp", TORCH_BOX(&mse_jvp<Cpu>));
-  m.impl("mse_backward", TORCH_BOX(&mse_backward<Cpu>));
+template <class Device, class Library>
+void implement(Library& m) {
+  m.impl("mse_forward", TORCH_BOX(&mse_forward<Device>));
+  m.impl("mse_jvp", TORCH_BOX(&mse_jvp<Device>));
+  m.impl("mse_backward", TORCH_BOX(&mse_backward<Device>));
 }
 
+LOSSOPS_IMPLEMENT(implement)
+
+} // namespace
 } // namespace lossops

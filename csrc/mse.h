@@ -52,4 +52,16 @@ void launch(const MSEForward&);
 void launch(const MSEBackward&);
 } // namespace cpu
 
+namespace cuda {
+
+// Device memory that a call needs beside its operands.
+int64_t workspace_bytes(const MSEForward&);
+int64_t workspace_bytes(const MSEBackward&);
+
+// On the current device and this cudaStream_t; returns before the kernels have run.
+void launch(const MSEForward&, void* workspace, void* stream);
+void launch(const MSEBackward&, void* workspace, void* stream);
+
+} // namespace cuda
+
 } // namespace lossops

@@ -1,4 +1,4 @@
-// What the ops share: errors as sentences, dtypes, operands' strides, fresh tensors, devices.
+// What the ops share: errors as sentences, dtypes, operands' strides, fresh tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,8 +12,11 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/memory.h"
 #include "layout.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name until torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace lossops {
 
@@ -153,18 +156,29 @@ inline Reduction reduction_of(int64_t reduction, const char* op) {
   return static_cast<Reduction>(reduction);
 }
 
+inline int32_t device_type_of(const Tensor& t) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+
+// As torch writes it: cpu, cuda:1.
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? sentence("cuda:", t.get_device_index()) : "another device";
+}
+
 inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
-  LOSSOPS_CHECK(t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(), op,
-                ": expected ", name, " on the device of the first argument, got another device");
+  LOSSOPS_CHECK(
+      device_type_of(t) == device_type_of(reference) && t.get_device_index() == reference.get_device_index(),
+      op, ": expected ", name, " on ", device_of(reference), ", got ", device_of(t));
 }
 
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like) {
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, device_type,
+                                                         strides.data(), type, device_type_of(like),
                                                          like.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -208,16 +222,5 @@ inline const double* normalizer_pointer(const std::optional<Tensor>& normalizer,
   check_same_device(*normalizer, like, op, "normalizer");
   return static_cast<const double*>(normalizer->data_ptr());
 }
-
-// Tells a loss's launchers apart, and what else a device does differently.
-struct Cpu {
-  template <class Call>
-  static void launch(const Call& call) {
-    cpu::launch(call);
-  }
-  static void before_first_touch(void* data, int64_t bytes) {
-    cpu::use_huge_pages(data, bytes);
-  }
-};
 
 } // namespace lossops

@@ -6,8 +6,18 @@ take the place of their namesakes in ``torch.nn.functional`` and ``torch.nn``.
 
 from . import functional
 from ._C import __version__
+from ._cuda import check_async_errors, cuda_build_info
 from .cross_entropy import CrossEntropyLoss
 from .functional import cross_entropy, mse_loss
 from .mse import MSELoss
 
-__all__ = ["CrossEntropyLoss", "MSELoss", "__version__", "cross_entropy", "functional", "mse_loss"]
+__all__ = [
+    "CrossEntropyLoss",
+    "MSELoss",
+    "__version__",
+    "check_async_errors",
+    "cross_entropy",
+    "cuda_build_info",
+    "functional",
+    "mse_loss",
+]

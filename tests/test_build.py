@@ -1,8 +1,10 @@
-"""The package as built: version, type marker, choice of instruction set, threads."""
+"""The package as built: version, type marker, CUDA or not, choice of instruction set, threads."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +17,7 @@ import torch
 import lossops
 
 PACKAGE = Path(lossops.__file__).parent
+SETUP = Path(__file__).parents[1] / "setup.py"
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +41,7 @@ def test_version() -> None:
 def test_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
     stub = (PACKAGE / "_C.pyi").read_text()
-    for name in ("cpu_isa", "set_cpu_isa", "available_cpu_isas"):
+    for name in ("cpu_isa", "set_cpu_isa", "available_cpu_isas", "cuda_build_info"):
         assert f"def {name}(" in stub
         assert callable(getattr(lossops._C, name))
 
@@ -63,6 +66,104 @@ def test_import_starts_nothing_heavy() -> None:
     new = {name.split(".")[0] for name in result.stdout.split()}
     assert "lossops" in new
     assert not new & {"matplotlib", "numpy", "sklearn", "tqdm", "pandas"}
+
+
+def test_cuda_build_info() -> None:
+    info = lossops.cuda_build_info()
+    assert ("CUDA: registered" in torch._C._dispatch_dump("lossops::mse_forward")) == (info is not None)
+    if info is None:
+        return
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info.toolkit)
+    assert info.architectures
+    assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", name) for name in info.architectures)
+    assert info == (info.toolkit, info.architectures)
+
+
+def test_no_async_errors_where_no_gpu_was_used() -> None:
+    """Nothing to wait for, nothing to start: no context is made on any GPU."""
+    program = """
+import torch, lossops
+print(lossops.check_async_errors(), torch.cuda.is_initialized())
+try:
+    lossops.cross_entropy(torch.ones(2, 3), torch.tensor([0, 3]))
+except IndexError:
+    print(lossops.check_async_errors())
+"""
+    result = python(program, LOSSOPS_SYNC_CHECKS="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["None", "False", "None"]
+
+
+def test_cuda_runtime_stays_inside() -> None:
+    """torch may bring a CUDA runtime of another version: neither may see the other's symbols."""
+    if lossops.cuda_build_info() is None or shutil.which("nm") is None:
+        pytest.skip("needs a build with CUDA, and nm")
+    symbols = subprocess.run(["nm", "-D", lossops._C.__file__], capture_output=True, text=True, check=True)
+    assert not re.search(r" (__)?cu(da)?[A-Z]\w*$", symbols.stdout, re.MULTILINE)
+
+
+def build(tmp_path: Path, hide_nvcc: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python setup.py build_ext` up to where compiling would begin: what it would build is printed."""
+    program = f"""
+import os, runpy, shutil, sys
+import torch.utils.cpp_extension
+class Stop(torch.utils.cpp_extension.BuildExtension):
+    def build_extensions(self):
+        extension = self.extensions[0]
+        print(extension.libraries, extension.extra_compile_args)
+torch.utils.cpp_extension.BuildExtension = Stop
+which = shutil.which
+if {hide_nvcc}:
+    shutil.which = lambda name, *a, **k: None if name == "nvcc" else which(name, *a, **k)
+sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", {str(tmp_path)!r}]
+os.chdir({str(SETUP.parent)!r})
+runpy.run_path("setup.py")
+"""
+    return python(program, **environment)
+
+
+needs_setup = pytest.mark.skipif(not SETUP.is_file(), reason="needs the source tree")
+
+
+@needs_setup
+@pytest.mark.parametrize("environment", [{"LOSSOPS_CUDA": ""}, {"LOSSOPS_CUDA": "0"}])
+def test_builds_without_nvcc(tmp_path: Path, environment: dict[str, str]) -> None:
+    result = build(tmp_path, hide_nvcc=environment["LOSSOPS_CUDA"] == "", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "lossops: building for the CPU alone" in result.stderr
+    assert "cudart" not in result.stdout
+    assert "LOSSOPS_CUDA" not in result.stdout
+
+
+@needs_setup
+def test_cuda_that_was_asked_for(tmp_path: Path) -> None:
+    result = build(tmp_path, hide_nvcc=True, LOSSOPS_CUDA="1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("lossops: LOSSOPS_CUDA=1 asks for CUDA, and no nvcc was found")
+
+
+@needs_setup
+@pytest.mark.parametrize("architecture", ["3.5", "8.0 99.9+PTX", "9.0;Hopper", "sm_90"])
+def test_unknown_architecture(tmp_path: Path, architecture: str) -> None:
+    if lossops.cuda_build_info() is None:
+        pytest.skip("needs nvcc")
+    result = build(tmp_path, LOSSOPS_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)
+    assert result.returncode == 1
+    name = re.split("[ ;]", architecture)[-1]
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.startswith(f"lossops: TORCH_CUDA_ARCH_LIST names the architecture {name}, which")
+    assert "8.0" in sentence
+
+
+@needs_setup
+def test_compiler_that_nvcc_refuses(tmp_path: Path) -> None:
+    if lossops.cuda_build_info() is None:
+        pytest.skip("needs nvcc")
+    result = build(tmp_path, LOSSOPS_CUDA="1", NVCC_CCBIN="/nonexistent/g++")
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert "does not take this C++ compiler" in sentence
+    assert "NVCC_CCBIN" in sentence
 
 
 @pytest.mark.parametrize("isa", lossops._C.available_cpu_isas())

@@ -1,0 +1,408 @@
+// Softmax cross-entropy on the GPU, backward and second derivative.
+#include "cross_entropy_plan.h"
+
+namespace lossops::cuda {
+namespace {
+
+// What the backward passes know of a row before they look at its logits.
+template <class A>
+struct RowGradient {
+  RowTarget<A> target;
+  A max = 0, log_sum = 0;
+  A target_sum = 0; // S
+  A grad = 0;       // upstream gradient of the row's loss: 0 leaves zeros, whatever the logits are
+  A index_term = 0; // what a class index takes from its own class
+
+  RowGradient() = default;
+  LOSSOPS_DEVICE RowGradient(const CrossEntropyBackward& a, const int64_t* o, Smoothing<A> smoothing)
+      : target(read_target<A>(a, o)) {
+    if (!target.counted) return;
+    const Stats<A> stats(a);
+    max = stats.max[o[kRow]];
+    log_sum = stats.log_sum[o[kRow]];
+    target_sum = stats.target_sum != nullptr ? stats.target_sum[o[kRow]] : target.weight;
+    double upstream = load_any<double>(a.grad_loss_dtype, a.grad_loss, o[kGradLoss]);
+    if (a.normalizer != nullptr) upstream /= *a.normalizer;
+    grad = static_cast<A>(upstream);
+    index_term = grad * smoothing.keep * target.weight;
+  }
+
+  template <class T>
+  LOSSOPS_DEVICE A softmax(A z) const {
+    return exponential<T>((z - max) - log_sum);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Rows by a block, a warp or a few lanes of one
+
+template <class T, class A, int kLanes, bool kDense>
+__global__ void __launch_bounds__(kThreads, kResident<A, kDense>)
+    backward_rows(const __grid_constant__ CrossEntropyBackward a, const __grid_constant__ Rows rows) {
+  const int lane = threadIdx.x % kLanes;
+  const Piece piece(a, rows);
+  const Smoothing<A> smoothing(a);
+  __shared__ A maxima[kChunk], log_sums[kChunk], grads[kChunk], target_sums[kChunk], index_terms[kChunk];
+  __shared__ int places[kChunk];
+  const auto begin = [&](int slot, int64_t row) {
+    int64_t o[kCrossEntropyOperands];
+    a.rows.offsets(row, o);
+    const RowGradient<A> r(a, o, smoothing);
+    maxima[slot] = r.max;
+    log_sums[slot] = r.log_sum;
+    grads[slot] = r.grad;
+    target_sums[slot] = r.target_sum;
+    index_terms[slot] = r.index_term;
+    places[slot] = piece.place(r.target.index);
+  };
+  const auto work = [&](int slot, int64_t row, bool here, int) {
+    if (!here) return;
+    int64_t o[kCrossEntropyOperands];
+    a.rows.offsets(row, o);
+    RowGradient<A> r;
+    r.max = maxima[slot];
+    r.log_sum = log_sums[slot];
+    r.grad = grads[slot];
+    r.target_sum = target_sums[slot];
+    r.index_term = index_terms[slot];
+    const int y = places[slot];
+    const A grad_sum = r.grad * r.target_sum;
+    // Without class weights every class gives the same; nothing, were the gradient infinite.
+    const A smoothed = smoothing.spread == 0 ? A(0) : r.grad * smoothing.spread;
+    const Classes<T, A> z(a.logits, o[kLogits], piece.begin),
+        p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin),
+        dz(a.grad_logits, o[kGradLogits], piece.begin), dp(a.grad_target, o[kGradTarget], piece.begin);
+    const int head = min(z.head(), piece.size);
+    const Weights<A> weights(a, piece.begin, head);
+    const auto write = [&](auto unroll, auto width, int first, int end) {
+      constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+      typename Classes<T, A>::template Raw<kWidth> logits[kCount] = {}, probabilities[kCount] = {};
+      A w[kCount][kWidth] = {};
+      if (r.grad != 0) {
+#pragma unroll
+        for (int u = 0; u < kCount; ++u) {
+          const int c = first + u * kWidth * kLanes;
+          if (c >= end) continue;
+          logits[u] = z.template fetch<kWidth>(c);
+          if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth>(c);
+          if (kDense) weights.load(c, w[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        const int c = first + u * kWidth * kLanes;
+        if (c >= end) continue;
+        A logit[kWidth], t[kWidth], out[kWidth];
+        z.template widen_raw<kWidth>(logits[u], logit);
+        if (kDense) target_weights<kWidth>(p, probabilities[u], w[u], smoothing, t);
+        if (kDense && dp.present()) {
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k)
+            out[k] =
+                r.grad == 0 ? A(0) : r.grad * smoothing.keep * w[u][k] * (r.log_sum - (logit[k] - r.max));
+          dp.store(c, out);
+        }
+        if (kDense && !dz.present()) continue;
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          out[k] = grad_sum * r.template softmax<T>(logit[k]);
+          out[k] -= kDense ? r.grad * t[k] : smoothed;
+        }
+        if (static_cast<unsigned>(y - c) < kWidth) {
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) out[k] -= c + k == y ? r.index_term : A(0);
+        }
+        if (r.grad == 0) {
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) out[k] = 0;
+        }
+        dz.store(c, out);
+      }
+    };
+    const int phase = z.head();
+    const bool one_phase =
+        (!dz.present() || dz.head() == phase) &&
+        (!kDense || ((!p.present() || p.head() == phase) && (!dp.present() || dp.head() == phase)));
+    if (one_phase)
+      for_classes<T, kLanes, kDense>(piece.size, head, lane, write);
+    else
+      for_single_classes<T, kLanes>(piece.size, lane, write);
+  };
+  for_each_row<kLanes>(a, rows, begin, work, [](int, int64_t) {});
+}
+
+// ---------------------------------------------------------------------------------------------
+// Short rows
+
+template <class T, class A>
+__global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
+    backward_short_rows(const __grid_constant__ CrossEntropyBackward a,
+                        const __grid_constant__ ShortRows rows) {
+  T* shared = short_rows_memory<T>();
+  T* z = shared + threadIdx.x * rows.stride;
+  const Smoothing<A> smoothing(a);
+  const A* weight = static_cast<const A*>(a.weight);
+  for (int64_t t = blockIdx.x; t < rows.tiles; t += gridDim.x) {
+    const ShortTile tile(a, rows, t);
+    tile.copy<true>(static_cast<T*>(a.logits.data), shared, rows);
+    RowGradient<A> r;
+    if (tile.row < a.rows.count) {
+      int64_t o[kCrossEntropyOperands];
+      a.rows.offsets(tile.row, o);
+      r = RowGradient<A>(a, o, smoothing);
+    }
+    __syncthreads();
+    if (tile.row < a.rows.count) {
+      const A grad_sum = r.grad * r.target_sum;
+      const int y = static_cast<int>(r.target.index);
+      for (int c = 0; c < rows.classes; ++c) {
+        A value = grad_sum * r.template softmax<T>(widen<A>(z[c]));
+        if (smoothing.spread != 0)
+          value -= r.grad * (weight == nullptr ? smoothing.spread : weight[c] * smoothing.spread);
+        if (c == y) value -= r.index_term;
+        z[c] = round_to<T>(r.grad == 0 ? A(0) : value);
+      }
+    }
+    __syncthreads();
+    tile.copy<false>(static_cast<T*>(a.grad_logits.data), shared, rows);
+    __syncthreads(); // before the next tile takes the memory
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Tiles
+
+template <class T, class A, int kRows, bool kDense>
+__global__ void __launch_bounds__(kThreads, kResident<A, true>)
+    backward_tiles(const __grid_constant__ CrossEntropyBackward a, const __grid_constant__ Tiling tiling) {
+  using Row = RowPack<T, A, kRows>;
+  constexpr int kClasses = kDense || kRows > 4 ? 2 : 4; // at a time
+  const int lane = threadIdx.x / tiling.across, lanes = kThreads / tiling.across;
+  const int classes = static_cast<int>(a.classes);
+  const Smoothing<A> smoothing(a);
+  const A* weight = static_cast<const A*>(a.weight);
+  for_each_tile<kRows>(a, tiling, [&](int64_t first) {
+    if (first >= a.rows.count) return;
+    int64_t o[kCrossEntropyOperands];
+    a.rows.offsets(first, o);
+    const Row z(a.logits, o[kLogits]), p(a.index_target() ? ClassTensor() : a.target, o[kTarget]),
+        dz(a.grad_logits, o[kGradLogits]), dp(a.grad_target, o[kGradTarget]);
+    RowGradient<A> r[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k, step(a, o)) r[k] = RowGradient<A>(a, o, smoothing);
+    const auto write = [&](auto count, int first_class) {
+      constexpr int kCount = decltype(count)::value;
+      typename Row::Raw raw[kCount], probabilities[kCount] = {};
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        raw[u] = z.fetch(first_class + u * lanes);
+        if (kDense && p.present()) probabilities[u] = p.fetch(first_class + u * lanes);
+      }
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        const int c = first_class + u * lanes;
+        const A w = !kDense || weight == nullptr ? A(1) : weight[c];
+        A out[kRows];
+        if (kDense && dp.present()) {
+#pragma unroll
+          for (int k = 0; k < kRows; ++k)
+            out[k] = r[k].grad == 0 ? A(0)
+                                    : r[k].grad * smoothing.keep * w *
+                                          (r[k].log_sum - (Row::element(raw[u], k) - r[k].max));
+          dp.store(c, out);
+        }
+        if (kDense && !dz.present()) continue;
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          A value = r[k].grad * r[k].target_sum * r[k].template softmax<T>(Row::element(raw[u], k));
+          if constexpr (kDense)
+            value -=
+                r[k].grad * (w * (smoothing.keep * Row::element(probabilities[u], k) + smoothing.spread));
+          if (c == r[k].target.index) value -= r[k].index_term;
+          out[k] = r[k].grad == 0 ? A(0) : value;
+        }
+        dz.store(c, out);
+      }
+    };
+    int c = lane;
+    for (; c + (kClasses - 1) * lanes < classes; c += kClasses * lanes) write(Count<kClasses>(), c);
+    for (; c < classes; c += lanes) write(Count<1>(), c);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Second derivative: the tangent's means over each slice, then the products
+
+template <class A>
+struct Moments {
+  A mean = 0; // of the tangent under the softmax
+  A dot = 0;  // of t and the tangent
+};
+
+template <int kLanes, class A>
+__global__ void __launch_bounds__(kThreads, kResident<A, true>)
+    tangent_moments(const __grid_constant__ CrossEntropyBackwardBackward a, const __grid_constant__ Rows rows,
+                    Moments<A>* of_slice) {
+  const int lane = threadIdx.x % kLanes;
+  const Piece piece(a, rows);
+  const Smoothing<A> smoothing(a);
+  const auto work = [&](int, int64_t row, bool, int turn) {
+    int64_t o[kCrossEntropyOperands];
+    a.rows.offsets(row, o);
+    const RowGradient<A> r(a, o, smoothing);
+    RowState<A> sums; // its merging serves: sum and dot are plain sums while no maximum is raised
+    if (r.target.counted) {
+      const Classes<AnyType, A> z(a.logits, o[kLogits], piece.begin), v(a.tangent, o[kTangent], piece.begin),
+          p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin);
+      const Weights<A> weights(a, piece.begin, 0);
+      for_single_classes<AnyType, kLanes>(piece.size, lane, [&](auto, auto, int c, int) {
+        const A logit = z.template fetch<1>(c), tangent = v.template fetch<1>(c);
+        A w[1], t[1];
+        weights.load(c, w);
+        target_weights<1>(p, p.present() ? p.template fetch<1>(c) : A(0), w, smoothing, t);
+        if (c + piece.begin == r.target.index) t[0] += smoothing.keep * r.target.weight;
+        sums.sum += r.template softmax<AnyType>(logit) * tangent;
+        sums.dot += t[0] * tangent;
+      });
+    }
+    sums = merge<kLanes, true>(sums, turn);
+    if (lane == 0) of_slice[row * rows.slices + piece.slice] = {sums.sum, sums.dot};
+  };
+  for_each_row<kLanes>(a, rows, [](int, int64_t) {}, work, [](int, int64_t) {});
+}
+
+// row_dot = S*mean - dot, dz = g*S*softmax*(v - mean), dp = g*keep*w*(mean - v).
+template <int kLanes, class A>
+__global__ void __launch_bounds__(kThreads, kResident<A, true>)
+    curvature(const __grid_constant__ CrossEntropyBackwardBackward a, const __grid_constant__ Rows rows,
+              const Moments<A>* of_slice) {
+  const int lane = threadIdx.x % kLanes;
+  const Piece piece(a, rows);
+  const Smoothing<A> smoothing(a);
+  const auto work = [&](int, int64_t row, bool, int) {
+    int64_t o[kCrossEntropyOperands];
+    a.rows.offsets(row, o);
+    const RowGradient<A> r(a, o, smoothing);
+    Moments<A> moments;
+    for (int64_t slice = 0; slice < rows.slices; ++slice) {
+      moments.mean += of_slice[row * rows.slices + slice].mean;
+      moments.dot += of_slice[row * rows.slices + slice].dot;
+    }
+    if (lane == 0 && piece.slice == 0)
+      static_cast<A*>(a.row_dot)[o[kRow]] =
+          r.target.counted ? r.target_sum * moments.mean - moments.dot : A(0);
+    const A grad_sum = r.grad * r.target_sum;
+    const Classes<AnyType, A> z(a.logits, o[kLogits], piece.begin), v(a.tangent, o[kTangent], piece.begin),
+        dz(a.grad_logits, o[kGradLogits], piece.begin), dp(a.grad_target, o[kGradTarget], piece.begin);
+    const A* weight = a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + piece.begin;
+    for_single_classes<AnyType, kLanes>(piece.size, lane, [&](auto, auto, int c, int) {
+      const A logit = z.template fetch<1>(c), tangent = v.template fetch<1>(c);
+      A out[1];
+      if (dz.present()) {
+        out[0] =
+            grad_sum == 0 ? A(0) : grad_sum * r.template softmax<AnyType>(logit) * (tangent - moments.mean);
+        dz.store(c, out);
+      }
+      if (dp.present()) {
+        const A w = weight == nullptr ? A(1) : weight[c];
+        out[0] = r.grad * smoothing.keep * w * (moments.mean - tangent);
+        dp.store(c, out);
+      }
+    });
+  };
+  for_each_row<kLanes>(a, rows, [](int, int64_t) {}, work, [](int, int64_t) {});
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launching
+
+// Only kernels that know the dtype have rows of so few packs.
+template <class T, class A, bool kDense>
+void launch_few_lanes(const CrossEntropyBackward& a, const Plan& plan, unsigned blocks, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<T, AnyType>)
+    backward_rows<T, A, kFewLanes, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.rows);
+}
+
+template <class T, class A, bool kDense>
+void launch_tiles(const CrossEntropyBackward& a, const Plan& plan, unsigned blocks, cudaStream_t stream) {
+  with_flag(plan.tiling.packs, [&](auto packs) {
+    constexpr int kRows = decltype(packs)::value ? kPackSize<T> : 1;
+    backward_tiles<T, A, kRows, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.tiling);
+  });
+}
+
+} // namespace
+
+int64_t workspace_bytes(const CrossEntropyBackward&) {
+  return 0;
+}
+
+void launch(const CrossEntropyBackward& a, void*, void* stream_) {
+  constexpr const char* op = "cross_entropy_backward";
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  if (a.rows.count == 0 || a.classes == 0 || (a.grad_logits.data == nullptr && a.grad_target.data == nullptr))
+    return;
+  Plan plan = plan_of(a);
+  const unsigned blocks = grid(op, plan.blocks);
+  const bool smoothed_alone = a.index_target() && a.weight == nullptr && plan.way != Plan::kTiles;
+  const bool dense =
+      is_dense(a) && !smoothed_alone; // rows take one value from all classes without packs of t
+  with_types(a, plan.typed, [&](auto element, auto accumulation) {
+    using T = typename decltype(element)::type;
+    using A = typename decltype(accumulation)::type;
+    if constexpr (!std::is_same_v<T, AnyType>) {
+      if (plan.way == Plan::kShort)
+        return backward_short_rows<T, A>
+            <<<blocks, kShortThreads, plan.short_rows_bytes(a), stream>>>(a, plan.short_rows);
+    }
+    with_flag(dense || std::is_same_v<T, AnyType>, [&](auto flag) {
+      constexpr bool kDense = decltype(flag)::value;
+      if constexpr (kDense || !std::is_same_v<T, AnyType>) {
+        if (plan.way == Plan::kTiles)
+          launch_tiles<T, A, kDense>(a, plan, blocks, stream);
+        else if (plan.way == Plan::kByLanes)
+          launch_few_lanes<T, A, kDense>(a, plan, blocks, stream);
+        else if (plan.way == Plan::kByWarp)
+          backward_rows<T, A, kWarp, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.rows);
+        else
+          backward_rows<T, A, kThreads, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.rows);
+      }
+    });
+  });
+  check_launch(op);
+}
+
+int64_t workspace_bytes(const CrossEntropyBackwardBackward& a) {
+  Plan plan = plan_of(a);
+  plan.typed = false;
+  plan.plan_rows(a);
+  return a.rows.count * plan.rows.slices * static_cast<int64_t>(sizeof(Moments<double>));
+}
+
+void launch(const CrossEntropyBackwardBackward& a, void* workspace, void* stream_) {
+  constexpr const char* op = "cross_entropy_backward_backward";
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  if (a.rows.count == 0) return;
+  Plan plan = plan_of(a);
+  plan.typed = false;
+  plan.plan_rows(a);
+  const unsigned blocks = grid(op, plan.blocks);
+  with_types(a, false, [&](auto, auto accumulation) {
+    using A = typename decltype(accumulation)::type;
+    with_flag(plan.way == Plan::kByWarp, [&](auto flag) {
+      constexpr int kLanes = decltype(flag)::value ? kWarp : kThreads;
+      auto* of_slice = static_cast<Moments<A>*>(workspace);
+      tangent_moments<kLanes><<<blocks, kThreads, 0, stream>>>(a, plan.rows, of_slice);
+      check_launch(op);
+      curvature<kLanes>
+          <<<blocks, kThreads, 0, stream>>>(a, plan.rows, static_cast<const Moments<A>*>(of_slice));
+      check_launch(op);
+    });
+  });
+}
+
+bool take_bad_target_of_backward(BadTarget& bad_target) {
+  return take_record(bad_target);
+}
+
+} // namespace lossops::cuda

@@ -1,0 +1,384 @@
+// Mean squared error on the GPU. Formulas: csrc/mse.h. Tensors of one dtype that lie alike are walked in
+// packs; any others element by element.
+#include "../mse.h"
+
+#include <algorithm>
+
+#include "launch.h"
+#include "reduce.cuh"
+
+namespace lossops::cuda {
+namespace {
+
+constexpr int kThreads = 256, kResident = 4; // blocks to a multiprocessor: half of its threads
+// A block's share: enough for its start and its sums to cost little. More than kMaxBlocks of them would
+// cost the block that adds up their sums too much.
+constexpr int64_t kElementsPerBlock = 8192, kMaxBlocks = 8192;
+
+// ---------------------------------------------------------------------------------------------
+// Operands
+
+struct Offsets {
+  int64_t of[kMSEOperands];
+};
+
+// An element at a time, of any dtype and strides; `absent` where there is no tensor.
+template <class A>
+LOSSOPS_DEVICE A load_element(const Elements& t, MSEOperand operand, const Offsets& o, A absent) {
+  return t.data == nullptr ? absent : load_any<A>(t.dtype, t.data, o.of[operand]);
+}
+
+// A contiguous tensor of T, or one value for all, or none.
+template <class T, class A>
+struct Flat {
+  T* data;
+  bool one;
+
+  LOSSOPS_DEVICE Flat(const MSEProblem& a, const Elements& t, MSEOperand operand)
+      : data(static_cast<T*>(t.data)), one(a.elements.inner_stride(operand) == 0) {}
+  template <int N>
+  using Raw = std::conditional_t<N == 1, T, Pack<T>>;
+  LOSSOPS_DEVICE bool varies() const {
+    return data != nullptr && !one;
+  }
+  template <int N>
+  LOSSOPS_DEVICE Raw<N> fetch(int64_t i) const {
+    if constexpr (N == 1)
+      return data[i];
+    else
+      return load_pack(data + i);
+  }
+  template <int N>
+  LOSSOPS_DEVICE void widen_raw(const Raw<N>& raw, A absent, A (&out)[N]) const {
+    if (varies()) {
+      if constexpr (N == 1)
+        out[0] = widen<A>(raw);
+      else
+        unpack<T>(raw, out);
+    } else {
+      const A value = data == nullptr ? absent : widen<A>(*data);
+#pragma unroll
+      for (int k = 0; k < N; ++k) out[k] = value;
+    }
+  }
+  template <int N>
+  LOSSOPS_DEVICE void store(int64_t i, const A (&x)[N]) const {
+    if constexpr (N == 1)
+      data[i] = round_to<T>(x[0]);
+    else
+      store_pack(data + i, pack_rounded<T>(x));
+  }
+};
+
+struct Share {
+  int64_t per_block; // elements
+  int head;          // before the first 16-byte boundary
+};
+
+// Packs of each operand in flight before the first is used. kPlain: input and target are all there is.
+template <bool kPlain>
+constexpr int kUnroll = kPlain ? 2 : 1;
+
+template <int N>
+using Count = std::integral_constant<int, N>;
+
+// Calls f(unroll, width, i, end) for the elements of this thread: `unroll` packs, at i and every kThreads
+// packs on, of which those before `end` are there; single ones at either end of the tensor.
+template <class T, bool kPlain, class F>
+LOSSOPS_DEVICE void for_packs(int64_t count, const Share& share, const F& f) {
+  constexpr int kWidth = kPackSize<T>;
+  const int64_t begin = share.head + int64_t{blockIdx.x} * share.per_block;
+  const int64_t left = count - begin;
+  const int n = static_cast<int>(left < share.per_block ? left : share.per_block); // may be negative
+  const int end = n / kWidth * kWidth;
+#pragma unroll 1
+  for (int i = threadIdx.x * kWidth; i < end; i += kUnroll<kPlain> * kThreads * kWidth)
+    f(Count<kUnroll<kPlain>>(), Count<kWidth>(), begin + i, begin + end);
+  if (end + static_cast<int>(threadIdx.x) < n) // of the last block alone
+    f(Count<1>(), Count<1>(), begin + end + threadIdx.x, count);
+  if (blockIdx.x == 0 && threadIdx.x < share.head) f(Count<1>(), Count<1>(), int64_t{threadIdx.x}, count);
+}
+
+template <class F>
+LOSSOPS_DEVICE void for_each_element(const MSEProblem& a, const Share& share, const F& f) {
+  const int64_t begin = int64_t{blockIdx.x} * share.per_block;
+  const int64_t end = begin + share.per_block < a.elements.count ? begin + share.per_block : a.elements.count;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    Offsets o;
+    a.elements.offsets(i, o.of);
+    f(o);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Kernels
+
+template <class T, class A, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kResident)
+    forward_packs(const __grid_constant__ MSEForward a, const __grid_constant__ Share share, Sums* of_block) {
+  const Flat<T, A> input(a, a.input, kInput), target(a, a.target, kTargetElement),
+      weight(a, a.weight, kWeight), out(a, a.out, kOut);
+  const bool none = a.reduction == Reduction::none;
+  Sums sums;
+  for_packs<T, kPlain>(a.elements.count, share, [&](auto unroll, auto width, int64_t first, int64_t end) {
+    constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    typename Flat<T, A>::template Raw<kWidth> inputs[kCount] = {}, targets[kCount] = {}, weights[kCount] = {};
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t i = first + u * kThreads * kWidth;
+      if (i >= end) continue;
+      if (input.varies()) inputs[u] = input.template fetch<kWidth>(i);
+      if (target.varies()) targets[u] = target.template fetch<kWidth>(i);
+      if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth>(i);
+    }
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t i = first + u * kThreads * kWidth;
+      if (i >= end) continue;
+      A x[kWidth], y[kWidth], w[kWidth], loss[kWidth];
+      input.template widen_raw<kWidth>(inputs[u], 0, x);
+      target.template widen_raw<kWidth>(targets[u], 0, y);
+      if (kPlain) {
+        for (int k = 0; k < kWidth; ++k) w[k] = 1;
+      } else {
+        weight.template widen_raw<kWidth>(weights[u], 1, w);
+      }
+      A loss_part = 0, weight_part = 0; // of a pack, before they are added in double
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        loss[k] = w[k] * ((x[k] - y[k]) * (x[k] - y[k]));
+        loss_part += loss[k];
+        weight_part += w[k];
+      }
+      if (none)
+        out.store(i, loss);
+      else
+        sums.add({static_cast<double>(loss_part), static_cast<double>(weight_part)});
+    }
+  });
+  const Sums total = block_sums<kThreads>(sums);
+  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+}
+
+// Also the loss's derivative along a tangent.
+template <class A>
+__global__ void __launch_bounds__(kThreads, kResident)
+    forward_elements(const __grid_constant__ MSEForward a, const __grid_constant__ Share share,
+                     Sums* of_block) {
+  const bool jvp = a.input_tangent.data != nullptr;
+  Sums sums;
+  for_each_element(a, share, [&](const Offsets& o) {
+    const A difference =
+        load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0);
+    const A w = load_element<A>(a.weight, kWeight, o, 1);
+    const A loss = jvp ? 2 * w * difference *
+                             (load_element<A>(a.input_tangent, kInputTangent, o, 0) -
+                              load_element<A>(a.target_tangent, kTargetTangent, o, 0))
+                       : w * (difference * difference);
+    if (a.reduction == Reduction::none) return store_any(a.out.dtype, a.out.data, o.of[kOut], loss);
+    sums.add({static_cast<double>(loss), static_cast<double>(w)});
+  });
+  const Sums total = block_sums<kThreads>(sums);
+  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+}
+
+// What each element's gradient has in common where one upstream gradient serves all.
+LOSSOPS_DEVICE double divided(const MSEBackward& a, double grad) {
+  return a.normalizer == nullptr ? grad : grad / *a.normalizer;
+}
+
+// grad_input = 2*g*w*(x - y), grad_target its negative.
+template <class T, class A, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kResident)
+    backward_packs(const __grid_constant__ MSEBackward a, const __grid_constant__ Share share) {
+  const Flat<T, A> input(a, a.input, kInput), target(a, a.target, kTargetElement),
+      weight(a, a.weight, kWeight), grad_input(a, a.grad_input, kOut),
+      grad_target(a, a.grad_target, kOutTarget), grad(a, a.grad, kGrad);
+  const A factor =
+      static_cast<A>(2 * divided(a, grad.one ? load_any<double>(a.grad.dtype, a.grad.data, 0) : 1.0));
+  for_packs<T, kPlain>(a.elements.count, share, [&](auto unroll, auto width, int64_t first, int64_t end) {
+    constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    using Raw = typename Flat<T, A>::template Raw<kWidth>;
+    Raw inputs[kCount] = {}, targets[kCount] = {}, weights[kCount] = {}, grads[kCount] = {};
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t i = first + u * kThreads * kWidth;
+      if (i >= end) continue;
+      if (input.varies()) inputs[u] = input.template fetch<kWidth>(i);
+      if (target.varies()) targets[u] = target.template fetch<kWidth>(i);
+      if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth>(i);
+      if (!kPlain && grad.varies()) grads[u] = grad.template fetch<kWidth>(i);
+    }
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t i = first + u * kThreads * kWidth;
+      if (i >= end) continue;
+      A x[kWidth], y[kWidth], w[kWidth], g[kWidth];
+      input.template widen_raw<kWidth>(inputs[u], 0, x);
+      target.template widen_raw<kWidth>(targets[u], 0, y);
+      if (kPlain) {
+        for (int k = 0; k < kWidth; ++k) w[k] = 1;
+      } else {
+        weight.template widen_raw<kWidth>(weights[u], 1, w);
+      }
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) g[k] = 1;
+      if (!kPlain && grad.varies())
+        grad.template widen_raw<kWidth>(grads[u], 1, g); // else it is in the factor
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) g[k] = factor * g[k] * w[k] * (x[k] - y[k]);
+      if (grad_input.data != nullptr) grad_input.store(i, g);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) g[k] = -g[k];
+      if (grad_target.data != nullptr) grad_target.store(i, g);
+    }
+  });
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads, kResident)
+    backward_elements(const __grid_constant__ MSEBackward a, const __grid_constant__ Share share) {
+  const double divisor = divided(a, 1.0);
+  for_each_element(a, share, [&](const Offsets& o) {
+    const double grad = load_any<double>(a.grad.dtype, a.grad.data, o.of[kGrad]);
+    const A g = static_cast<A>(2 * (a.normalizer == nullptr ? grad : grad * divisor)) *
+                load_element<A>(a.weight, kWeight, o, 1) *
+                (load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0));
+    if (a.grad_input.data != nullptr) store_any(a.grad_input.dtype, a.grad_input.data, o.of[kOut], g);
+    if (a.grad_target.data != nullptr)
+      store_any(a.grad_target.dtype, a.grad_target.data, o.of[kOutTarget], -g);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launching
+
+// The operands of a call that there are; one value for all of them counts where it may.
+struct Operands {
+  const MSEProblem& problem;
+  struct Entry {
+    Elements tensor;
+    MSEOperand operand;
+  } entries[6];
+  int count = 0;
+
+  explicit Operands(const MSEForward& a) : problem(a) {
+    take_problem();
+    if (a.reduction == Reduction::none) take(a.out, kOut);
+  }
+  explicit Operands(const MSEBackward& a) : problem(a) {
+    take_problem();
+    take(a.grad_input, kOut);
+    take(a.grad_target, kOutTarget);
+    if (a.elements.dims > 0 && a.elements.inner_stride(kGrad) != 0) take(a.grad, kGrad);
+  }
+
+  // Elements before the first 16-byte boundary, or -1 where packs will not do: the dtypes differ, or the
+  // tensors do not lie alike.
+  int head() const {
+    const DType dtype = entries[0].tensor.dtype;
+    const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    if (problem.elements.dims > 1) return -1;
+    const auto phase = [&](const Entry& e) { return reinterpret_cast<uintptr_t>(e.tensor.data) % 16; };
+    for (int i = 0; i < count; ++i) {
+      const Entry& e = entries[i];
+      const int64_t stride = problem.elements.inner_stride(e.operand);
+      const bool one = stride == 0 && e.operand == kWeight;
+      if (e.tensor.dtype != dtype || (problem.elements.count > 1 && stride != 1 && !one)) return -1;
+      if (!one && phase(e) != phase(entries[0])) return -1;
+    }
+    return static_cast<int>(std::min<int64_t>((16 - phase(entries[0])) % 16 / size, problem.elements.count));
+  }
+
+ private:
+  void take_problem() {
+    take(problem.input, kInput);
+    take(problem.target, kTargetElement);
+    take(problem.weight, kWeight);
+  }
+  void take(const Elements& t, MSEOperand operand) {
+    if (t.data != nullptr) entries[count++] = {t, operand};
+  }
+};
+
+Share share_of(const MSEProblem& a, int head) {
+  const int64_t per_block = std::max(kElementsPerBlock, (a.elements.count + kMaxBlocks - 1) / kMaxBlocks);
+  return {(per_block + 7) / 8 * 8, std::max(0, head)}; // a multiple of every pack
+}
+
+int64_t blocks_of(const MSEProblem& a) {
+  const Share share = share_of(a, 0);
+  return (a.elements.count + share.per_block - 1) / share.per_block;
+}
+
+// f(Type<element>, Type<accumulation>), AnyType where packs will not do.
+template <class F>
+void with_types(const MSEProblem& a, bool packs, const F& f) {
+  if (packs) {
+    switch (a.input.dtype) {
+      case DType::f16: return f(Type<__half>(), Type<float>());
+      case DType::bf16: return f(Type<__nv_bfloat16>(), Type<float>());
+      case DType::f32: return f(Type<float>(), Type<float>());
+      default: return f(Type<double>(), Type<double>());
+    }
+  }
+  if (a.use_double) return f(Type<AnyType>(), Type<double>());
+  f(Type<AnyType>(), Type<float>());
+}
+
+} // namespace
+
+int64_t workspace_bytes(const MSEForward& a) {
+  return blocks_of(a) * static_cast<int64_t>(sizeof(Sums));
+}
+
+int64_t workspace_bytes(const MSEBackward&) {
+  return 0;
+}
+
+void launch(const MSEForward& a, void* workspace, void* stream_) {
+  constexpr const char* op = "mse_loss";
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const auto blocks = static_cast<unsigned>(blocks_of(a));
+  Sums* of_block = static_cast<Sums*>(workspace);
+  if (blocks > 0) {
+    const int head = a.input_tangent.data != nullptr ? -1 : Operands(a).head();
+    with_types(a, head >= 0, [&](auto element, auto accumulation) {
+      using T = typename decltype(element)::type;
+      using A = typename decltype(accumulation)::type;
+      if constexpr (std::is_same_v<T, AnyType>)
+        forward_elements<A><<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0), of_block);
+      else
+        with_flag(a.weight.data == nullptr, [&](auto plain) {
+          forward_packs<T, A, decltype(plain)::value>
+              <<<blocks, kThreads, 0, stream>>>(a, share_of(a, head), of_block);
+        });
+    });
+    check_launch(op);
+  }
+  const Result result{a.reduction, a.out.dtype, a.out.data, a.normalizer};
+  reduce_blocks<<<1, kReduceThreads, 0, stream>>>(of_block, static_cast<int>(blocks), result);
+  check_launch(op);
+}
+
+void launch(const MSEBackward& a, void*, void* stream_) {
+  constexpr const char* op = "mse_backward";
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const auto blocks = static_cast<unsigned>(blocks_of(a));
+  if (blocks == 0 || (a.grad_input.data == nullptr && a.grad_target.data == nullptr)) return;
+  const int head = Operands(a).head();
+  const bool one_grad = a.elements.inner_stride(kGrad) == 0;
+  with_types(a, head >= 0, [&](auto element, auto accumulation) {
+    using T = typename decltype(element)::type;
+    using A = typename decltype(accumulation)::type;
+    if constexpr (std::is_same_v<T, AnyType>)
+      backward_elements<A><<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0));
+    else
+      with_flag(a.weight.data == nullptr && one_grad, [&](auto plain) {
+        backward_packs<T, A, decltype(plain)::value><<<blocks, kThreads, 0, stream>>>(a, share_of(a, head));
+      });
+  });
+  check_launch(op);
+}
+
+} // namespace lossops::cuda
