@@ -1,13 +1,37 @@
-"""Fixtures that every test file shares: seeded numbers, each CPU instruction set, thread counts."""
+"""Fixtures that every test file shares: seeded numbers, devices, thread counts."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from devices import CPU, CUDA, DEVICES, EMULATED, using, why_not
 
-import lossops
+# pytest-xdist's workers share the cores: threads that wait for one another in vain take minutes.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
+
+def device_of(item: pytest.Item) -> str:
+    return item.callspec.params.get("device", CPU) if hasattr(item, "callspec") else CPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the GPU: -m cuda selects them, -m 'not cuda' all others."""
+    for item in items.copy():
+        device = device_of(item)
+        if device == CUDA:
+            item.add_marker(pytest.mark.cuda)
+        if device in (EMULATED, CUDA) and item.callspec.params.get("threads", 1) > 1:
+            items.remove(item)  # threads are the CPU's
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what cannot run here. (Not in the fixture, whose skips are reported test by test.)"""
+    reason = why_not(device_of(item))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -16,18 +40,11 @@ def seeded() -> None:
     torch.manual_seed(20240229)
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(20240229)
-
-
-@pytest.fixture(params=lossops._C.available_cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each instruction set that this processor has."""
-    before = lossops._C.cpu_isa()
-    lossops._C.set_cpu_isa(request.param)
-    yield request.param
-    lossops._C.set_cpu_isa(before)
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the test's tensors are made and its kernels run: cpu, cuda-emulated or cuda."""
+    with using(request.param) as name:
+        yield name
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tolerances import assert_near
 from torch import Tensor
 
 import lossops
@@ -166,3 +167,24 @@ def value_and_gradients(
     if upstream is None:
         upstream = torch.ones_like(loss)
     return loss.detach(), *torch.autograd.grad(loss, tensors, upstream.to(loss.dtype))
+
+
+def check_against_reference(
+    variant: Variant, call: Call, reduction: str, layout: Callable[[Tensor], Tensor] = lambda t: t
+) -> None:
+    """Values and gradients for a random upstream gradient; the tensors are views made by `layout`."""
+    exact = call.in_float64()
+    ours = call.bind(variant.loss.function, reduction=reduction)
+    reference = exact.bind(variant.loss.reference, reduction=reduction)
+    dtype = call.tensors[0].dtype
+    # Views are leaves here: a gradient that autograd sums over what they share is no test of ours.
+    leaves = tuple(layout(t).detach().requires_grad_() for t in call.tensors)
+    exact_leaves = tuple(layout(t).detach().requires_grad_() for t in exact.tensors)
+    upstream = torch.randn(reference(*exact_leaves).shape).to(dtype)
+    actual = value_and_gradients(ours, leaves, upstream)
+    expected = value_and_gradients(reference, exact_leaves, upstream.double())
+    # An unreduced loss and its gradient are differences of terms of the inputs' size.
+    size = max([1.0, *(t.abs().max().item() for t in exact.tensors if t.numel())])
+    for name, a, e in zip(("loss", "first gradient", "second gradient"), actual, expected, strict=False):
+        assert a.dtype == dtype
+        assert_near(a, e, scale=size, message=f"{name}, {[tuple(t.shape) for t in leaves]}")

@@ -22,8 +22,10 @@ from contract import (
     Call,
     Loss,
     Variant,
+    check_against_reference,
     value_and_gradients,
 )
+from devices import cpu_only, every_backend, here, not_emulated
 from functorch.compile import make_boxed_func
 from tolerances import DTYPES, assert_near
 from torch import Tensor
@@ -34,31 +36,12 @@ from torch.utils.checkpoint import checkpoint
 
 import lossops
 
+pytestmark = pytest.mark.usefixtures("device")
+
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def check_against_reference(
-    variant: Variant, call: Call, reduction: str, layout: Callable[[Tensor], Tensor] = lambda t: t
-) -> None:
-    """Values and gradients for a random upstream gradient; the tensors are views made by `layout`."""
-    exact = call.in_float64()
-    ours = call.bind(variant.loss.function, reduction=reduction)
-    reference = exact.bind(variant.loss.reference, reduction=reduction)
-    dtype = call.tensors[0].dtype
-    # Views are leaves here: a gradient that autograd sums over what they share is no test of ours.
-    leaves = tuple(layout(t).detach().requires_grad_() for t in call.tensors)
-    exact_leaves = tuple(layout(t).detach().requires_grad_() for t in exact.tensors)
-    upstream = torch.randn(reference(*exact_leaves).shape).to(dtype)
-    actual = value_and_gradients(ours, leaves, upstream)
-    expected = value_and_gradients(reference, exact_leaves, upstream.double())
-    # An unreduced loss and its gradient are differences of terms of the inputs' size.
-    size = max([1.0, *(t.abs().max().item() for t in exact.tensors if t.numel())])
-    for name, a, e in zip(("loss", "first gradient", "second gradient"), actual, expected, strict=False):
-        assert a.dtype == dtype
-        assert_near(a, e, scale=size, message=f"{name}, {[tuple(t.shape) for t in leaves]}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,7 +51,8 @@ def check_against_reference(
 @each_variant
 @each_reduction
 @each_dtype
-def test_values_and_gradients(variant: Variant, reduction: str, dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_values_and_gradients(variant: Variant, reduction: str, dtype: torch.dtype) -> None:
     for shape in ((13,), (7, 13), (3, 5, 7), (2, 70, 3, 5)):
         check_against_reference(variant, variant.make(shape, dtype), reduction)
 
@@ -116,14 +100,16 @@ SIZES = (
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", ["last", "first", "outside"])
-def test_every_size(variant: Variant, where: str, dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_every_size(variant: Variant, where: str, dtype: torch.dtype) -> None:
     for size in SIZES:
         shape = {"last": (3, size), "first": (size, 3), "outside": (2, 5, size)}[where]
         check_against_reference(variant, variant.make(shape, dtype), "sum" if size % 2 else "none")
 
 
 @each_variant
-def test_sizes_with_float64_and_half(variant: Variant, isa: str) -> None:
+@every_backend
+def test_sizes_with_float64_and_half(variant: Variant) -> None:
     for size, dtype in itertools.product((1, 7, 9, 17, 33, 129, 2049), (torch.float64, torch.float16)):
         for shape in ((3, size), (size, 3), (2, 5, size)):
             check_against_reference(variant, variant.make(shape, dtype), "none")
@@ -190,8 +176,9 @@ def test_operands_in_different_layouts(variant: Variant) -> None:
 @each_variant
 @pytest.mark.parametrize("shape", [(300, 1000), (3, 150_000), (40_000, 7), (2, 5, 300, 301)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_backend
 def test_bitwise_equal_across_threads_and_runs(
-    variant: Variant, shape: tuple[int, ...], dtype: torch.dtype, isa: str, restore_threads: None
+    variant: Variant, shape: tuple[int, ...], dtype: torch.dtype, restore_threads: None
 ) -> None:
     call = variant.make(shape, dtype)
     for reduction in ("none", "mean"):
@@ -510,7 +497,7 @@ def test_checkpoint(variant: Variant, use_reentrant: bool) -> None:
 def test_autocast(variant: Variant, reduction: str, dtype: torch.dtype) -> None:
     call = variant.make((7, 13), dtype)
     leaves = call.leaves()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(leaves[0].device.type, dtype=dtype):
         loss = call.bind(variant.loss.function, reduction=reduction)(*leaves)
         torchs = call.bind(variant.loss.torch_function, reduction=reduction)(*call.tensors)
     exact = call.in_float64()
@@ -530,8 +517,9 @@ def test_autocast(variant: Variant, reduction: str, dtype: torch.dtype) -> None:
 @each_variant
 def test_autocast_makes_no_float32_copy(variant: Variant) -> None:
     call = variant.make((7, 13), torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.profiler.profile() as profile:
-        call.bind(variant.loss.function)(*call.leaves())
+    leaves = call.leaves()
+    with torch.autocast(leaves[0].device.type, dtype=torch.bfloat16), torch.profiler.profile() as profile:
+        call.bind(variant.loss.function)(*leaves)
     assert profile.events()
     assert not {"aten::to", "aten::_to_copy"} & {event.name for event in profile.events() if event.name} or (
         variant.loss is CROSS_ENTROPY and variant.weighted  # C class weights in float32
@@ -541,7 +529,7 @@ def test_autocast_makes_no_float32_copy(variant: Variant) -> None:
 @each_variant
 def test_autocast_leaves_float64_alone(variant: Variant) -> None:
     call = variant.make((7, 13), torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(call.tensors[0].device.type, dtype=torch.bfloat16):
         loss = call.bind(variant.loss.function)(*call.tensors)
         torchs = call.bind(variant.loss.torch_function)(*call.tensors)
     assert loss.dtype == torchs.dtype == torch.float64
@@ -552,7 +540,7 @@ def test_autocast_keeps_a_float64_operand(variant: Variant) -> None:
     """Autocast widens 16 bits to float32, and leaves float64 and what it promotes to alone."""
     call = variant.make((7, 13), torch.float64)
     for tensors in itertools.permutations((call.tensors[0].bfloat16(), call.tensors[1])):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
             ours, torchs = (
                 call.bind(f)(*tensors) for f in (variant.loss.function, variant.loss.torch_function)
             )
@@ -565,6 +553,7 @@ def test_autocast_keeps_a_float64_operand(variant: Variant) -> None:
 
 @each_variant
 @pytest.mark.parametrize("dynamic", [False, True])
+@not_emulated
 def test_compile(variant: Variant, dynamic: bool) -> None:
     torch._dynamo.reset()
 
@@ -582,6 +571,7 @@ def test_compile(variant: Variant, dynamic: bool) -> None:
 
 @each_variant
 @each_reduction
+@not_emulated
 def test_compile_traces_every_reduction(variant: Variant, reduction: str) -> None:
     """With the tracing backend, which is quick: no graph break, forward and backward ops in the graphs."""
     torch._dynamo.reset()
@@ -605,6 +595,7 @@ def test_compile_traces_every_reduction(variant: Variant, reduction: str) -> Non
 
 
 @each_variant
+@not_emulated
 def test_compile_without_gradients(variant: Variant) -> None:
     torch._dynamo.reset()
     call = variant.make((7, 13), torch.float32)
@@ -628,6 +619,7 @@ class Step(torch.nn.Module):
 
 @each_variant
 @pytest.mark.parametrize("strict", [False, True])
+@not_emulated
 def test_export(variant: Variant, strict: bool) -> None:
     call = variant.make((7, 13), torch.float32)
     model = Step(variant.loss.function, call)
@@ -639,6 +631,7 @@ def test_export(variant: Variant, strict: bool) -> None:
 
 
 @each_loss
+@not_emulated
 def test_export_with_dynamic_batch(loss: Loss) -> None:
     rows = torch.export.Dim("rows", min=2, max=1024)
     module = loss.module()
@@ -757,6 +750,7 @@ def op_arguments() -> list[tuple[str, str, tuple[Any, ...]]]:
                 )
             )
         cases.append((f"{name}-each", "mse_backward", (x, x, y, weight, None, True, True)))
+    cases.append(("no tensors", "check_async_errors", ()))
     return cases
 
 
@@ -766,11 +760,13 @@ OP_CASES = op_arguments()
 @pytest.mark.parametrize(
     ("op", "arguments"), [case[1:] for case in OP_CASES], ids=[f"{c[1]}-{c[0]}" for c in OP_CASES]
 )
+@not_emulated
 def test_opcheck(op: str, arguments: tuple[Any, ...]) -> None:
-    results = torch.library.opcheck(getattr(torch.ops.lossops, op).default, arguments)
+    results = torch.library.opcheck(getattr(torch.ops.lossops, op).default, here(arguments))
     assert set(results.values()) == {"SUCCESS"}
 
 
+@cpu_only
 def test_opcheck_covers_every_op() -> None:
     schemas = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("lossops::")}
     assert schemas == {f"lossops::{op}" for _, op, _ in OP_CASES}
@@ -781,6 +777,7 @@ def test_opcheck_covers_every_op() -> None:
 
 
 @each_loss
+@cpu_only
 def test_signatures_are_torchs(loss: Loss) -> None:
     def parameters(function: Callable[..., Any]) -> list[tuple[Any, ...]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
@@ -793,6 +790,7 @@ def test_signatures_are_torchs(loss: Loss) -> None:
 
 
 @each_loss
+@cpu_only
 def test_exported_where_users_look(loss: Loss) -> None:
     assert getattr(lossops, loss.function.__name__) is loss.function
     assert getattr(lossops.functional, loss.function.__name__) is loss.function
@@ -806,7 +804,7 @@ def module_arguments(loss: Loss) -> tuple[Tensor, Tensor]:
 
 @each_loss
 def test_modules(loss: Loss) -> None:
-    for options in loss.constructors:
+    for options in here(loss.constructors):
         ours, torchs = loss.module(**options), loss.torch_module(**options)
         assert isinstance(ours, loss.torch_module)
         assert repr(ours) == repr(torchs)
@@ -836,6 +834,7 @@ def test_modules(loss: Loss) -> None:
 
 
 @each_loss
+@cpu_only
 def test_pickled_by_reference(loss: Loss) -> None:
     """Functions and classes pickle by name, as multiprocessing wants, and under their public module."""
     for thing in (loss.function, loss.module):
@@ -892,7 +891,7 @@ def test_nothing_is_accepted_that_is_no_tensor(variant: Variant) -> None:
     call = variant.make((7, 13), torch.float32)
     arguments = (*call.tensors, *call.fixed)
     for position in range(len(arguments)):
-        for wrong in (None, 1.0, [1.0], "x", arguments[position].numpy()):
+        for wrong in (None, 1.0, [1.0], "x", arguments[position].cpu().numpy()):
             broken = list(arguments)
             broken[position] = wrong
             with pytest.raises(TypeError, match="to be a Tensor"):
@@ -903,6 +902,7 @@ def test_nothing_is_accepted_that_is_no_tensor(variant: Variant) -> None:
 
 
 @each_variant
+@cpu_only
 def test_bad_reduction(variant: Variant) -> None:
     call = variant.make((7, 13), torch.float32)
     for wrong in ("avg", "", "Mean", None, 1):

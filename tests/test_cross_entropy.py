@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import REDUCTIONS, value_and_gradients
+from devices import CPU, every_backend, here, on_the_cpu, raises_index_error
 from tolerances import DTYPES, assert_near
 from torch import Tensor
 
 from lossops import CrossEntropyLoss, cross_entropy
 from lossops.cross_entropy import cross_entropy_reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 INF, NAN = float("inf"), float("nan")
@@ -62,7 +65,8 @@ def classes_of(shape: tuple[int, ...]) -> int:
 
 @each_reduction
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_index_targets(dtype: torch.dtype, reduction: str, isa: str) -> None:
+@every_backend
+def test_index_targets(dtype: torch.dtype, reduction: str) -> None:
     index_dtypes = itertools.cycle((torch.int64, torch.int32, torch.uint8, torch.int64, torch.int32))
     for shape, weighted, ignore_index, smoothing in itertools.product(
         SHAPES, (False, True), (None, 1, 250), (0.0, 0.1, 1.0)
@@ -83,7 +87,8 @@ def test_index_targets(dtype: torch.dtype, reduction: str, isa: str) -> None:
 
 @each_reduction
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_probability_targets(dtype: torch.dtype, reduction: str, isa: str) -> None:
+@every_backend
+def test_probability_targets(dtype: torch.dtype, reduction: str) -> None:
     for shape, weighted, smoothing, total in itertools.product(
         SHAPES, (False, True), (0.0, 0.1, 1.0), (1.0, 2.5)
     ):
@@ -112,15 +117,14 @@ def test_every_option_against_torch(reduction: str) -> None:
         else:
             target = torch.randint(0, classes, rows_of(shape))
             options["ignore_index"] = 2
-        for a, e in zip(
-            *(
-                value_and_gradients(
-                    lambda z, f=f, y=target, o=options: f(z, y, **o), (logits.clone().requires_grad_(),)
-                )
-                for f in (cross_entropy, F.cross_entropy)
-            ),
-            strict=True,
-        ):
+        ours, torchs = (
+            value_and_gradients(lambda z, f=f, y=y, o=o: f(z, y, **o), (x.clone().requires_grad_(),))
+            for f, (x, y, o) in (
+                (cross_entropy, (logits, target, options)),
+                (F.cross_entropy, on_the_cpu((logits, target, options))),
+            )
+        )
+        for a, e in zip(on_the_cpu(ours), torchs, strict=True):
             assert (a.shape, a.dtype) == (e.shape, e.dtype)
             assert_near(a, e, scale=10)
 
@@ -327,7 +331,7 @@ def test_no_rows(reduction: str) -> None:
 
 
 @each_reduction
-def test_no_classes(reduction: str) -> None:
+def test_no_classes(reduction: str, device: str) -> None:
     for logits in (torch.zeros(3, 0), torch.zeros(0), torch.zeros(2, 0, 3)):
         target = torch.zeros_like(logits)
         ours, torchs = (f(logits, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
@@ -339,7 +343,7 @@ def test_no_classes(reduction: str) -> None:
         f(torch.zeros(3, 0), index, reduction=reduction) for f in (cross_entropy, F.cross_entropy)
     )
     assert_near(ours, torchs)
-    with pytest.raises(IndexError):
+    with raises_index_error(device):
         cross_entropy(torch.zeros(3, 0), torch.zeros(3, dtype=torch.long))
 
 
@@ -404,7 +408,8 @@ def test_ignored_rows_add_nothing_whatever_they_hold(shape: tuple[int, ...], smo
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("shape", [(4, 5), (4, 100), (4, 5000), (2, 100_000), (4, 7, 3)], ids=str)
-def test_infinite_and_nan_logits_like_torch(shape: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_infinite_and_nan_logits_like_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     target = torch.zeros(rows_of(shape), dtype=torch.long)
     for place, value in itertools.product((0, 1, classes_of(shape) - 1), (INF, -INF, NAN)):
         logits = torch.randn(shape).to(dtype)
@@ -426,7 +431,8 @@ def test_infinite_and_nan_logits_like_torch(shape: tuple[int, ...], dtype: torch
 
 @pytest.mark.parametrize("finite", [1, 3, 2049])
 @pytest.mark.parametrize("shape", [(20, 5000), (2, 5000), (2, 200_000), (3, 5000, 2)], ids=str)
-def test_finite_logits_after_blocks_of_minus_infinity(shape: tuple[int, ...], finite: int, isa: str) -> None:
+@every_backend
+def test_finite_logits_after_blocks_of_minus_infinity(shape: tuple[int, ...], finite: int) -> None:
     """The running maximum stays -inf for whole blocks: no NaN may come of -inf - -inf."""
     classes = classes_of(shape)
     for first in (False, True):
@@ -490,7 +496,8 @@ def test_whole_row_of_minus_infinity_is_nan(classes: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("classes", [3, 100, 5000])
-def test_huge_logits(dtype: torch.dtype, classes: int, isa: str) -> None:
+@every_backend
+def test_huge_logits(dtype: torch.dtype, classes: int) -> None:
     for size in (1e4, 1e30):
         logits = (torch.randn(4, classes) * size).to(dtype)
         target = torch.randint(0, classes, (4,))
@@ -514,10 +521,10 @@ def test_equal_huge_logits_keep_their_digits() -> None:
 
 
 def test_half_mean_over_70000_rows() -> None:
-    """torch sums and counts rows in float16, which overflows, and returns 0 or NaN."""
+    """On the CPU torch sums and counts rows in float16, which overflows, and returns 0 or NaN."""
     logits = torch.randn(70_000, 4).half()
     target = torch.randint(0, 4, (70_000,))
-    assert not F.cross_entropy(logits, target) > 0
+    assert not F.cross_entropy(logits.cpu(), target.cpu()) > 0
     assert_near(
         cross_entropy(logits, target), cross_entropy_reference(logits.double(), target), torch.float16
     )
@@ -530,7 +537,8 @@ def test_half_mean_over_70000_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows", [2, 15])
-def test_few_rows_with_many_classes(dtype: torch.dtype, rows: int, isa: str, threads: int) -> None:
+@every_backend
+def test_few_rows_with_many_classes(dtype: torch.dtype, rows: int, threads: int) -> None:
     """The row is split over the threads."""
     for classes in (32_769, 200_000) if rows == 2 else (65_537,):
         logits = torch.randn(rows, classes).to(dtype)
@@ -555,7 +563,8 @@ def test_more_classes_than_pieces_of_a_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [3, 21, 70])
-def test_images(classes: int, dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_images(classes: int, dtype: torch.dtype) -> None:
     images = torch.randn(2, classes, 15, 18).to(dtype)
     for logits in (
         images,
@@ -576,7 +585,8 @@ def test_images(classes: int, dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(10, 5), (10, 70)], ids=str)
-def test_views_of_rows(shape: tuple[int, int], isa: str) -> None:
+@every_backend
+def test_views_of_rows(shape: tuple[int, int]) -> None:
     rows, classes = shape
     big = torch.randn(2 * rows + 1, 2 * classes + 1)
     target = torch.randint(0, classes, (2 * rows,))
@@ -694,11 +704,14 @@ SAME_ERROR: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", SAME_ERROR)
-def test_same_exception_as_torch(case: str) -> None:
+def test_same_exception_as_torch(case: str, device: str) -> None:
+    """As torch's on the CPU: a class index out of range would leave it without its GPU."""
     arguments, options = SAME_ERROR[case]
     with pytest.raises(Exception) as torchs:
         F.cross_entropy(*arguments, **options)
-    with pytest.raises(torchs.type) as ours:
+    arguments, options = here((arguments, options))
+    expected = raises_index_error(device) if torchs.type is IndexError else pytest.raises(torchs.type)
+    with expected as ours:
         cross_entropy(*arguments, **options)
     assert ours.type is torchs.type
     assert len(str(ours.value)) > 15
@@ -707,9 +720,9 @@ def test_same_exception_as_torch(case: str) -> None:
 @pytest.mark.parametrize("smoothing", [NAN, -0.1, -INF, INF, 1.0 + 1e-9])
 def test_smoothing_outside_0_to_1(smoothing: float) -> None:
     """torch takes NaN and negative numbers for 0 without a word."""
-    for target in (y4, p45):
+    for logits, target in here(((x45, y4), (x45, p45))):
         with pytest.raises(RuntimeError, match="label_smoothing must be between"):
-            cross_entropy(x45, target, label_smoothing=smoothing)
+            cross_entropy(logits, target, label_smoothing=smoothing)
 
 
 MORE_GENEROUS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -728,12 +741,15 @@ def test_more_generous_than_torch(case: str) -> None:
     arguments, options = MORE_GENEROUS[case]
     with pytest.raises(RuntimeError):
         F.cross_entropy(*arguments, **options)
+    arguments, options = here((arguments, options))
     assert cross_entropy(*arguments, **options).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (40, 100), (300, 7), (3, 100_000), (2, 7, 5, 6)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_target_out_of_range_is_named(shape: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+def test_target_out_of_range_is_named(
+    shape: tuple[int, ...], dtype: torch.dtype, threads: int, device: str
+) -> None:
     rows, classes = rows_of(shape), classes_of(shape)
     logits = torch.randn(shape)
     for bad in (classes, -1, 2**31 - 1, -(2**31), 2**62, -(2**63), 255):
@@ -742,34 +758,37 @@ def test_target_out_of_range_is_named(shape: tuple[int, ...], dtype: torch.dtype
             continue
         target = torch.zeros(rows, dtype=dtype)
         target.view(-1)[-1] = bad
-        place = str(rows[0] - 1) if len(rows) == 1 else str(tuple(r - 1 for r in rows))
+        last = target.numel() - 1 if device != CPU or len(rows) == 1 else tuple(r - 1 for r in rows)
         for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(classes)}, {"reduction": "none"}):
-            with pytest.raises(IndexError) as error:
+            with raises_index_error(device) as error:
                 cross_entropy(logits, target, **options)
-            for part in (f"Target {bad} ", f"row {place} ", f"C = {classes}"):
+            for part in (f"Target {bad} ", f"row {last} ", f"C = {classes}"):
                 assert part in str(error.value)
         # The first of several is named.
         target.view(-1)[1] = bad
-        with pytest.raises(IndexError, match=f"Target {bad} "):
+        with raises_index_error(device, match=f"Target {bad} "):
             cross_entropy(logits, target)
     assert cross_entropy(logits, torch.zeros(rows, dtype=dtype)).isfinite()  # the process is none the worse
 
 
-def test_target_changed_between_forward_and_backward() -> None:
+def test_target_changed_between_forward_and_backward(device: str) -> None:
     """An index that goes bad through .data, which autograd cannot see, is caught by the backward op."""
     logits, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
     loss = cross_entropy(logits, target)
     target.data[2] = 77
-    with pytest.raises(IndexError, match="Target 77 is out of bounds: row 2"):
+    with raises_index_error(device, match="Target 77 is out of bounds: row 2"):
         loss.backward()
-    assert logits.grad is None
+    if device == CPU:
+        assert logits.grad is None
+    else:
+        assert logits.grad.isnan().sum(1).tolist() == [0, 0, 5, 0]
 
 
-def test_op_errors_name_the_op_and_leave_no_gradient() -> None:
-    logits = torch.randn(4, 5, requires_grad=True)
-    with pytest.raises(IndexError, match=r"^cross_entropy: "):
-        cross_entropy(logits, y4 + 5)
-    assert logits.grad is None
+def test_errors_name_the_op(device: str) -> None:
+    name = "cross_entropy: " if device == CPU else "cross_entropy on cuda:0: "
+    logits, target = here((x45, y4 + 5))
+    with raises_index_error(device, match=f"^{name}"):
+        cross_entropy(logits, target)
 
 
 ops = torch.ops.lossops
@@ -779,7 +798,7 @@ normalizer = torch.tensor(4.0, dtype=torch.float64)
 
 
 def forward(logits: Any = x45, target: Any = y4, weight: Any = None, *more: Any) -> Callable[[], Any]:
-    return lambda: ops.cross_entropy_forward(logits, target, weight, *(more or (1, -100, 0.0, None)))
+    return lambda: ops.cross_entropy_forward(*here((logits, target, weight)), *(more or (1, -100, 0.0, None)))
 
 
 def backward(
@@ -795,7 +814,7 @@ def backward(
     need_target: bool = False,
 ) -> Callable[[], Any]:
     return lambda: ops.cross_entropy_backward(
-        grad, logits, target, weight, stats, divisor, ignore, smoothing, need_logits, need_target
+        *here((grad, logits, target, weight, stats, divisor)), ignore, smoothing, need_logits, need_target
     )
 
 
@@ -810,7 +829,7 @@ def twice(
     need_target: bool = False,
 ) -> Callable[[], Any]:
     return lambda: ops.cross_entropy_backward_backward(
-        tangent, grad, logits, target, weight, stats, -100, smoothing, True, need_target
+        *here((tangent, grad, logits, target, weight, stats)), -100, smoothing, True, need_target
     )
 
 
@@ -877,11 +896,12 @@ HOSTILE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_ops_called_directly_with_wrong_arguments(case: str) -> None:
-    with pytest.raises((RuntimeError, ValueError, IndexError, NotImplementedError)) as error:
+def test_ops_called_directly_with_wrong_arguments(case: str, device: str) -> None:
+    bad_index = "out of range" in case or "negative target" in case
+    wrong = (RuntimeError, ValueError, NotImplementedError)
+    with raises_index_error(device) if bad_index else pytest.raises(wrong) as error:
         HOSTILE[case]()
     assert len(str(error.value)) > 15
-    assert ("out of range" in case or "negative" in case) == (error.type is IndexError)
 
 
 def test_ops_called_directly_with_strange_but_valid_arguments() -> None:

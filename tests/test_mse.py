@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import REDUCTIONS, value_and_gradients
+from devices import cpu_only, here, not_emulated
 from tolerances import assert_near
 from torch import Tensor
 
 from lossops import mse_loss
 from lossops.mse import mse_reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -57,6 +60,7 @@ def test_broadcasting(shapes: tuple[tuple[int, ...], tuple[int, ...]], reduction
         assert_near(a, e, scale=10)
 
 
+@cpu_only
 def test_broadcasting_warning_points_at_the_caller() -> None:
     with pytest.warns(UserWarning, match="Using a target size") as caught:
         mse_loss(torch.zeros(2, 1), torch.zeros(2))
@@ -110,6 +114,7 @@ def test_forward_derivative_along_the_weight(reduction: str, broadcast: bool) ->
         assert_near(a, e, scale=10)
 
 
+@not_emulated
 def test_compile_with_a_weight_that_needs_a_gradient() -> None:
     torch._dynamo.reset()
     tensors = tuple(torch.rand(3, 4, requires_grad=True) for _ in range(3))
@@ -301,6 +306,7 @@ def test_same_exception_as_torch(case: str) -> None:
     arguments, options = SAME_ERROR[case]
     with pytest.raises(Exception) as torchs:
         F.mse_loss(*arguments, **options)
+    arguments, options = here((arguments, options))
     with pytest.raises(torchs.type) as ours:
         mse_loss(*arguments, **options)
     assert ours.type is torchs.type
@@ -352,5 +358,5 @@ HOSTILE: dict[str, tuple[str, tuple[Any, ...]]] = {
 def test_ops_called_directly_with_wrong_arguments(case: str) -> None:
     op, arguments = HOSTILE[case]
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as error:
-        getattr(torch.ops.lossops, op)(*arguments)
+        getattr(torch.ops.lossops, op)(*here(arguments))
     assert len(str(error.value)) > 15

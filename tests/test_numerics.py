@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import VARIANTS, Variant, value_and_gradients
-from hypothesis import given, settings
+from devices import every_backend
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import DTYPES, assert_near
 from torch import Tensor
@@ -13,8 +14,17 @@ from torch import Tensor
 from lossops import cross_entropy, mse_loss
 from lossops.cross_entropy import cross_entropy_reference
 
-# Reproducible, and free of limits that a busy machine would break.
-settings.register_profile("lossops", deadline=None, derandomize=True, max_examples=25, database=None)
+pytestmark = pytest.mark.usefixtures("device")
+
+# Reproducible, free of limits that a busy machine would break, and on one device for all examples.
+settings.register_profile(
+    "lossops",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("lossops")
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(
@@ -51,9 +61,9 @@ def test_any_shape_layout_and_option(variant: Variant, data: st.DataObject) -> N
 )
 def test_softmax_of_any_range(rows: int, classes: int, centre: float, spread: float, seed: int) -> None:
     """The loss and gradient of float32 logits far from 0, close together or far apart."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (centre + spread * torch.randn(rows, classes, generator=generator)).requires_grad_()
-    target = torch.randint(0, classes, (rows,), generator=generator)
+    torch.manual_seed(seed)
+    logits = (centre + spread * torch.randn(rows, classes)).requires_grad_()
+    target = torch.randint(0, classes, (rows,))
     exact = logits.detach().double().requires_grad_()
     loss, gradient = value_and_gradients(lambda z: cross_entropy(z, target, reduction="none"), (logits,))
     exact_loss, exact_gradient = value_and_gradients(
@@ -75,7 +85,8 @@ def softmax_through_the_gradient(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 70])
-def test_exp_over_its_whole_range(classes: int, isa: str) -> None:
+@every_backend
+def test_exp_over_its_whole_range(classes: int) -> None:
     """One logit at x against a maximum of 0: exp(x) for float32 x from 0 to where it vanishes."""
     x = -torch.cat([torch.linspace(0, 104, 20_001), torch.logspace(-8, 1, 5_000)])
     logits = torch.full((len(x), classes), -1e4)
@@ -92,7 +103,8 @@ def test_exp_over_its_whole_range(classes: int, isa: str) -> None:
     assert (result >= 0).all()
 
 
-def test_exp_in_float64(isa: str) -> None:
+@every_backend
+def test_exp_in_float64() -> None:
     x = -torch.cat([torch.linspace(0, 750, 20_001), torch.logspace(-16, 1, 5_000)]).double()
     logits = torch.stack([torch.zeros_like(x), x], 1)
     exact = (x - torch.log1p(x.exp())).exp()
@@ -103,7 +115,8 @@ def test_exp_in_float64(isa: str) -> None:
     assert (result[~normal] <= 2.0**-1019).all()
 
 
-def test_log_of_one_to_many_classes(isa: str) -> None:
+@every_backend
+def test_log_of_one_to_many_classes() -> None:
     """Equal logits: the loss is log C, for every C to 2049 and some beyond."""
     for classes in (*range(1, 2050), 4097, 65_536, 200_003):
         loss = cross_entropy(torch.zeros(1, classes), torch.tensor([0])).double()
@@ -111,7 +124,8 @@ def test_log_of_one_to_many_classes(isa: str) -> None:
         assert (loss - exact).abs() <= 2 * 2.0**-23 * exact, classes
 
 
-def test_confident_rows_keep_their_digits(isa: str) -> None:
+@every_backend
+def test_confident_rows_keep_their_digits() -> None:
     """log-sum near 0, where 1 + exp(-x) has few digits left of exp(-x)."""
     gap = torch.linspace(0, 15, 301)
     logits = torch.stack([gap, torch.zeros_like(gap)], 1)
@@ -140,7 +154,8 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_widening_is_exact_for_every_bit_pattern(dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_widening_is_exact_for_every_bit_pattern(dtype: torch.dtype) -> None:
     """A float32 target of 0 makes the result float32: the square of the widened value, rounded once."""
     x = every_value(dtype)
     zero = torch.zeros(len(x))
@@ -152,13 +167,15 @@ def test_widening_is_exact_for_every_bit_pattern(dtype: torch.dtype, isa: str) -
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_rounding_is_to_nearest_even_for_every_square(dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_rounding_is_to_nearest_even_for_every_square(dtype: torch.dtype) -> None:
     x = every_value(dtype)
     assert_same_bits(mse_loss(x, torch.zeros_like(x), reduction="none"), (x.float() * x.float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_rounding_of_gradients(dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_rounding_of_gradients(dtype: torch.dtype) -> None:
     """2*(x - y) of float32 and 16-bit operands, with ties, subnormals and overflow, rounded once."""
     x = every_value(dtype)
     for offset in (0.0, 2.0**-11, 2.0**-25, 3 * 2.0**-26, 1.0 + 2.0**-11, 32_760.0, 1e30):
@@ -170,7 +187,8 @@ def test_rounding_of_gradients(dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_rounding_at_every_stride_and_remainder(dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_rounding_at_every_stride_and_remainder(dtype: torch.dtype) -> None:
     """Vector bodies, tails and strided stores round alike."""
     values = every_value(dtype)[torch.randperm(2**16)]
     for n in (*range(1, 40), 1023, 1024, 1025):
@@ -183,7 +201,8 @@ def test_rounding_at_every_stride_and_remainder(dtype: torch.dtype, isa: str) ->
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_every_value_as_a_logit(dtype: torch.dtype, isa: str) -> None:
+@every_backend
+def test_every_value_as_a_logit(dtype: torch.dtype) -> None:
     """Rows (v, 0) for every v, along the classes and across a tile: infinities and NaN like float32's."""
     x = every_value(dtype)
     for logits in (torch.stack([x, torch.zeros_like(x)], 1), torch.stack([x, torch.zeros_like(x)])[None]):

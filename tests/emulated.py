@@ -1,0 +1,73 @@
+"""The CUDA ops for CPU tensors, run by the emulator, and how they take the place of the CPU's own."""
+
+from __future__ import annotations
+
+import fcntl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from cuda_emulator.build import CACHE, build_library, missing
+
+from lossops import _small
+
+CSRC = Path(__file__).parents[1] / "csrc"
+OPS = "lossops_emulated"
+
+
+def why_not() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    reason = missing()
+    return reason and f"the CUDA emulator {reason}"
+
+
+@cache
+def load(flavour: str = "plain") -> Path:
+    """Builds what has changed (all of it takes over a minute) and registers torch.ops.lossops_emulated.
+
+    A process can have one flavour only: both register the same ops.
+    """
+    from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths  # takes its time
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest-xdist's workers one builds
+        library = build_library(
+            CACHE / f"{OPS}_{flavour}.so",
+            sorted(CSRC.glob("cuda/*.cu")),
+            [CSRC / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp")],
+            flavour=flavour,
+            include=include_paths(),
+            define=[
+                "LOSSOPS_EMULATED",
+                'LOSSOPS_CUDA_ARCHITECTURES="compute_80"',
+                "TORCH_TARGET_VERSION=0x020a000000000000",
+            ],
+            link=[f"-L{TORCH_LIB_PATH}", "-ltorch_cpu"],
+        )
+        torch.ops.load_library(library)
+    return library
+
+
+@contextmanager
+def emulation(flavour: str = "plain") -> Iterator[None]:
+    """While it lasts, CPU tensors go to the CUDA kernels, small batches too."""
+    load(flavour)
+    limit, _small.LIMIT = _small.LIMIT, 0
+    overrides = torch.library.Library("lossops", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced
+        for key in ("CPU", "CompositeExplicitAutograd"):
+            for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
+                namespace, _, op = name.partition("::")
+                if namespace == OPS:
+                    emulated = getattr(getattr(torch.ops, OPS), op).default
+                    overrides.impl(op, emulated, key, allow_override=True)
+    try:
+        yield
+    finally:
+        overrides._destroy()
+        _small.LIMIT = limit
