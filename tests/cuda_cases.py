@@ -1,0 +1,555 @@
+"""Small calls of the CUDA ops that reach every kernel, each result compared with float64 formulas in torch.
+
+For the emulator with sanitizers, which is slow, and for mutants, of which there are many: the calls are for
+`cuda_emulator/reduced.py`, which builds kernels for one dtype and with lower limits on launches, so that few
+rows are enough for every loop.
+
+python tests/cuda_cases.py LIBRARY float32 [--order 0 1 2] [--only WORDS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cuda_emulator.control import ORDERS, Emulator
+from tolerances import assert_near
+from torch import Tensor
+
+INF, NAN = float("inf"), float("nan")
+NONE, MEAN, SUM = range(3)
+IGNORED = -100
+
+# Combined with each dtype where the operands of a call are to differ.
+OTHER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.bfloat16,
+    torch.float64: torch.float32,
+}
+
+Case = tuple[str, Callable[[], None]]
+
+
+def ops() -> Any:
+    return torch.ops.lossops_emulated
+
+
+def shifted(t: Tensor, offset: int, gap: int = 0) -> Tensor:
+    """A copy from `offset` elements past an aligned address on, rows `gap` elements apart, NaN around it."""
+    columns = t.shape[-1] + gap
+    rows = t.numel() // t.shape[-1]
+    memory = torch.full((offset + rows * columns - gap,), NAN, dtype=t.dtype)
+    strides = [columns]
+    for size in reversed(t.shape[1:-1]):
+        strides.insert(0, strides[0] * size)
+    return memory.as_strided(t.shape, (*strides[: t.dim() - 1], 1), offset).copy_(t)
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-entropy
+
+
+class Exact(NamedTuple):
+    """The formulas of csrc/cross_entropy.h in float64, classes last."""
+
+    loss: Tensor
+    weight: Tensor  # what mean divides by, of each row
+    t: Tensor
+    keep: Tensor  # dt/dp
+    lse: Tensor
+    z: Tensor
+
+    @property
+    def softmax(self) -> Tensor:
+        return (self.z - self.lse).exp()
+
+
+def exact_rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, ignored: int
+) -> Exact:
+    z = logits.double().movedim(1, -1)
+    classes = z.shape[-1]
+    w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
+    if target.is_floating_point():
+        p, counted, row_weight = target.double().movedim(1, -1), torch.tensor(True), torch.ones(z.shape[:-1])
+    else:
+        index = target.long()
+        inside = (index >= 0) & (index < classes)
+        safe = index.clamp(0, classes - 1)
+        p = torch.nn.functional.one_hot(safe, classes).double()
+        counted = index != ignored
+        row_weight = torch.where(counted, w[safe], 0.0).where(inside | ~counted, NAN)
+        p = p.where((inside | ~counted).unsqueeze(-1), NAN)
+    counted = counted.unsqueeze(-1)
+    t = torch.where(counted, w * ((1 - smoothing) * p + smoothing / classes), 0.0)
+    lse = z.logsumexp(-1, keepdim=True)
+    loss = torch.where(t == 0, 0.0, t * (lse - z)).sum(-1)
+    return Exact(loss, row_weight.double(), t, (1 - smoothing) * w, lse, z)
+
+
+def bad_rows(target: Tensor, classes: int, ignored: int) -> dict[int, int]:
+    if target.is_floating_point():
+        return {}
+    values = enumerate(target.flatten().tolist())
+    return {row: y for row, y in values if y != ignored and not 0 <= y < classes}
+
+
+def expect_record(bad: dict[int, int]) -> None:
+    """The record of a bad class index, where there should be one, names one of them, once."""
+    if bad:
+        try:
+            ops().check_async_errors()
+        except IndexError as error:
+            words = str(error).split()
+            value = int(words[words.index("Target") + 1])
+            row = int(words[words.index("row") + 1])
+            assert bad.get(row) == value, f"{error} for the bad rows {bad}"
+        else:
+            raise AssertionError(f"no error for the bad rows {bad}")
+    ops().check_async_errors()
+
+
+def check_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    smoothing: float = 0.0,
+    reductions: tuple[int, ...] = (NONE, MEAN),
+    ignored: int = IGNORED,
+    second: bool = False,
+) -> None:
+    dense = target.is_floating_point()
+    exact = exact_rows(logits, target, weight, smoothing, ignored)
+    bad = bad_rows(target, logits.shape[1], ignored)
+    for reduction in reductions:
+        options = (ignored, smoothing)
+        loss, stats, normalizer = ops().cross_entropy_forward(
+            logits, target, weight, reduction, *options, None
+        )
+        expect_record(bad)
+        divisor = exact.weight.sum()
+        total = exact.loss.sum()
+        expected = {NONE: exact.loss, MEAN: total / divisor, SUM: total}[reduction]
+        assert_near(loss, expected, scale=5, message="loss")
+        assert_near(normalizer, divisor, torch.float32, message="normalizer")
+
+        upstream = torch.randn(exact.loss.shape if reduction == NONE else ())
+        if reduction == NONE and upstream.numel() > 1:
+            upstream.view(-1)[-1] = 0  # leaves zeros, whatever the logits are
+        given = ops().cross_entropy_backward(
+            upstream, logits, target, weight, stats, normalizer if reduction == MEAN else None, *options,
+            True, dense,
+        )  # fmt: skip
+        expect_record(bad)
+        g = (upstream.double() / divisor if reduction == MEAN else upstream.double()).unsqueeze(-1)
+        sums = exact.t.sum(-1, keepdim=True)
+        by_logits = g * (sums * exact.softmax - exact.t)
+        by_logits = torch.where((exact.t == 0).all(-1, keepdim=True) | (g == 0), 0.0, by_logits)
+        assert_near(given[0].movedim(1, -1), by_logits, scale=10, message="grad_logits")
+        if dense:
+            by_target = torch.where(g == 0, 0.0, g * exact.keep * (exact.lse - exact.z))
+            assert_near(given[1].movedim(1, -1), by_target, scale=10, message="grad_target")
+            alone = ops().cross_entropy_backward(
+                upstream, logits, target, weight, stats, normalizer if reduction == MEAN else None, *options,
+                False, True,
+            )  # fmt: skip
+            assert_near(alone[1].movedim(1, -1), by_target, scale=10, message="grad_target alone")
+        if second and reduction == NONE:
+            check_second(logits, target, weight, stats, options, upstream, exact)
+            expect_record(bad)
+
+
+def check_second(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    options: tuple[int, float],
+    upstream: Tensor,
+    exact: Exact,
+) -> None:
+    dense = target.is_floating_point()
+    tangent = torch.randn(logits.shape).to(logits.dtype)
+    row_dot, by_logits, by_target = ops().cross_entropy_backward_backward(
+        tangent, upstream, logits, target, weight, stats, *options, True, dense
+    )
+    v, g = tangent.double().movedim(1, -1), upstream.double().unsqueeze(-1)
+    sums = exact.t.sum(-1, keepdim=True)
+    mean = (v * exact.softmax).sum(-1, keepdim=True)
+    counted = ~(exact.t == 0).all(-1)
+    expected = (sums * mean).squeeze(-1) - (v * exact.t).sum(-1)
+    assert_near(row_dot, expected.where(counted, 0.0), scale=100, message="row_dot")
+    read = counted.unsqueeze(-1) & ((g != 0) | sums.isnan())  # the row of a bad class index is NaN anyhow
+    expected = (g * sums * exact.softmax * (v - mean)).where(read, 0.0)
+    assert_near(by_logits.movedim(1, -1), expected, scale=100, message="second grad_logits")
+    if dense:
+        expected = g * exact.keep * (mean - v)
+        assert_near(by_target.movedim(1, -1), expected, scale=100, message="second grad_target")
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (3 * torch.randn(shape)).to(dtype)
+
+
+def indices(shape: tuple[int, ...]) -> Tensor:
+    """With an ignored row, and the first and the last class."""
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    flat = target.view(-1)
+    flat[-1], flat[0] = shape[1] - 1, 0
+    if flat.numel() > 2:
+        flat[1] = IGNORED
+    return target
+
+
+def probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).softmax(1).to(dtype)
+
+
+# Kinds of targets: class indices, then those that have a weight for each class.
+KINDS = ("index", "weighted", "smoothed", "probabilities")
+
+
+def check_kind(
+    kind: str, logits: Tensor, other: torch.dtype | None = None, offset: int = 0, **more: Any
+) -> None:
+    """`other`: the dtype of probabilities; `offset`: where these and the weights begin."""
+    shape, dtype = tuple(logits.shape), logits.dtype
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = shifted(torch.rand(1, shape[1], dtype=accumulation) + 0.5, offset)[0]
+    if kind == "index":
+        check_cross_entropy(logits, indices(shape), **more)
+    elif kind == "weighted":
+        check_cross_entropy(logits, indices(shape), weight, **more)
+    elif kind == "smoothed":
+        check_cross_entropy(logits, indices(shape), weight, 0.1, **more)
+        check_cross_entropy(logits, indices(shape).int(), None, 0.2, reductions=(MEAN,))
+    else:
+        p = shifted(probabilities(shape, other or dtype), offset)
+        check_cross_entropy(logits, p, weight, 0.1, **more)
+        check_cross_entropy(logits, p, reductions=(SUM,))
+
+
+# Each way through the logits, with the limits of cuda_emulator/reduced.py: blocks, warps and lanes take
+# several rows, tiles or chunks of rows in turn, the last of them in part.
+WAYS = {
+    "short rows": (397, 7),
+    "short rows, pushed apart": (397, 8),
+    "short rows, one class": (397, 1),
+    "lanes": (450, 37),
+    "warp": (107, 300),
+    "block": (101, 520),
+    "block, two steps": (21, 2600),
+    "slices": (6, 1800),
+    "more slices than lanes": (1, 20_483),
+    "tiles": (1, 3, 23, 31),
+    "tiles, lanes": (2, 70, 5, 5),
+    "tiles, packs": (2, 7, 48, 40),
+}
+FEW_ROWS = {"lanes": (7, 37), "warp": (5, 300), "block": (3, 520), "slices": (3, 1800)}
+
+
+def ways(dtype: torch.dtype) -> Iterator[Case]:
+    for way, shape in WAYS.items():
+        for kind in KINDS:
+            if way == "short rows, one class" and kind == "probabilities":
+                continue
+            yield f"{way}, {kind}", lambda s=shape, k=kind: check_kind(k, drawn(s, dtype))
+
+
+def mixed(dtype: torch.dtype) -> Iterator[Case]:
+    """Operands of two dtypes, classes far apart: read one by one."""
+    shapes = {"warp": (15, 70), "block": (5, 520), "tiles": (2, 11, 3, 5), "one row": (1, 5)}
+    for way, shape in shapes.items():
+        yield (
+            f"two dtypes, {way}",
+            lambda s=shape: check_kind("probabilities", drawn(s, dtype), OTHER[dtype]),
+        )
+    for classes in (9, 530):
+        for kind in ("weighted", "smoothed", "probabilities"):
+            yield (
+                f"classes apart, {classes}, {kind}",
+                lambda c=classes, k=kind: check_kind(k, drawn((c, 5), dtype).t()),
+            )
+
+
+def every_remainder(dtype: torch.dtype) -> Iterator[Case]:
+    """Rows that begin and end at any element of a pack, of fewer classes than one, of some, and of more
+    than the threads take at once."""
+    width = 16 // dtype.itemsize
+
+    def check(classes: int, offset: int, gap: int, kind: str) -> None:
+        logits = shifted(drawn((3, classes), dtype), offset, gap)
+        check_kind(kind, logits, offset=offset, reductions=(NONE,))
+
+    for offset in range(width):
+        for remainder in range(width):
+            kind = KINDS[(offset + remainder) % len(KINDS)]
+            for classes in (remainder + 1, 128 + remainder, 520 + 8 * width + remainder):
+                # A gap that keeps the rows alike but is no short row, and one that shifts each.
+                gap = width + (-classes) % width if remainder % 2 else 1
+                yield (
+                    f"offset {offset} of {width}, {classes} classes, gap {gap}, {kind}",
+                    lambda c=classes, o=offset, g=gap, k=kind: check(c, o, g, k),
+                )
+    for kind in KINDS:
+        for classes in (33, 300, 2600):
+            yield (
+                f"aligned rows, a pack apart, {classes} classes, {kind}",
+                lambda c=classes, k=kind: check(c + (-c) % width, 0, width, k),
+            )
+    for classes in range(1, 2 * 128 // dtype.itemsize // width + 1):
+        yield (
+            f"{classes} classes, contiguous",
+            lambda c=classes: check_cross_entropy(
+                shifted(drawn((131, c), dtype), 1 if c % 3 == 0 else 0), indices((131, c))
+            ),
+        )
+    for size in range(8, 17):
+        yield f"{size} rows side by side", lambda s=size: check_kind("smoothed", drawn((1, 9, s), dtype))
+
+
+def edges(dtype: torch.dtype) -> Iterator[Case]:
+    def infinite(shape: tuple[int, ...], smoothing: float) -> None:
+        """Rows of -inf alone, at the start, at the end, all but the target; and a NaN."""
+        logits, target = drawn((6, *shape[1:]), dtype), indices((6, *shape[1:]))
+        target[1] = target[0]
+        logits[0] = -INF
+        logits[1, 0] = -INF
+        logits[1, 1:-1] = -INF if shape[1] > 2 else 0
+        logits[2, : shape[1] // 2] = -INF
+        logits[3, shape[1] // 2 :] = -INF
+        logits[4, shape[1] // 3] = NAN
+        check_cross_entropy(logits, target, smoothing=smoothing, reductions=(NONE, SUM))
+
+    def bad(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        target = indices(shape)
+        flat = target.view(-1)
+        flat[flat.numel() // 2] = shape[1]
+        check_cross_entropy(drawn(shape, dtype), target, second=True, **options)
+        flat[flat.numel() // 2] = -1
+        flat[0] = -2  # several: one of them is kept
+        check_cross_entropy(drawn(shape, dtype), target, second=True, **options)
+
+    def ignored(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        """What is in an ignored row reaches nothing; nor is an index out of range one where it is ignored."""
+        logits, target = drawn(shape, dtype), indices(shape)
+        target[-1] = 255
+        logits[-1] = NAN
+        for integer in (torch.int64, torch.int32, torch.uint8):
+            fitting = target.clamp(0, 255).to(integer)
+            fitting[fitting >= shape[1]] = 255
+            check_cross_entropy(logits, fitting, ignored=255, second=True, **options)
+        check_cross_entropy(logits, torch.full_like(target, 255), ignored=255, **options)
+
+    shapes = {
+        "short rows": (9, 5),
+        **FEW_ROWS,
+        "tiles": (6, 5, 3, 3),
+        "tiles, lanes": (6, 40, 2, 5),
+    }
+    for way, shape in shapes.items():
+        for smoothing in (0.0, 0.1):
+            options = {"smoothing": smoothing}
+            suffix = f"{way}, smoothing {smoothing}"
+            yield f"-inf, {suffix}", lambda s=shape, e=smoothing: infinite(s, e)
+            yield f"bad target, {suffix}", lambda s=shape, o=options: bad(s, o)
+            yield f"ignored, {suffix}", lambda s=shape, o=options: ignored(s, o)
+    packs = (2, 5, 48, 40)
+    yield "bad target, packs of rows", lambda: bad(packs, {"smoothing": 0.0})
+    yield "ignored, packs of rows", lambda: ignored(packs, {"smoothing": 0.0})
+    yield "no rows", lambda: check_cross_entropy(drawn((0, 5), dtype), torch.zeros(0, dtype=torch.int64))
+
+    def descending() -> None:
+        """The maximum is raised, or never again, and far: what was summed up before counts for nothing."""
+        for classes in (5, 37, 300, 2600):
+            rising = torch.linspace(-60, 60, classes)
+            logits = torch.stack([rising, rising.flip(0)]).to(dtype)
+            for kind in KINDS:
+                check_kind(kind, logits)
+                check_kind(kind, logits.view(2, classes, 1, 1).expand(2, classes, 3, 3).contiguous())
+
+    yield "rising and falling logits", descending
+
+    def every_target(classes: int) -> None:
+        logits = drawn((1, classes), dtype).expand(3, classes).contiguous()
+        for c in {0, classes - 1, *range(0, classes, max(1, classes // 37)), *range(511, classes, 512)}:
+            check_cross_entropy(
+                logits, torch.tensor([c, max(0, c - 1), min(c + 1, classes - 1)]), reductions=(NONE,)
+            )
+
+    for classes in (7, 40, 300, 1800):
+        yield f"every target of {classes}", lambda c=classes: every_target(c)
+
+
+def second_derivatives(dtype: torch.dtype) -> Iterator[Case]:
+    shapes = {"warp": (107, 37), "block": (9, 600), "slices": (2, 1800), "image": (2, 11, 3, 5)}
+    for way, shape in shapes.items():
+        for kind in KINDS:
+            yield (
+                f"second derivative, {way}, {kind}",
+                lambda s=shape, k=kind: check_kind(k, drawn(s, dtype), second=True, reductions=(NONE,)),
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Mean squared error
+
+
+def check_mse(
+    x: Tensor, y: Tensor, weight: Tensor | None = None, reductions: tuple[int, ...] = (NONE, MEAN)
+) -> None:
+    w = torch.ones(x.shape, dtype=torch.float64) if weight is None else weight.double().expand(x.shape)
+    difference = x.double() - y.double()
+    dx, dy = torch.randn(x.shape).to(x.dtype), torch.randn(y.shape).to(y.dtype)
+    losses = w * difference.square()
+    derivatives = 2 * w * difference * (dx.double() - dy.double())
+    for reduction in reductions:
+        divisor = w.sum()
+        pick = {NONE: lambda t: t, MEAN: lambda t, d=divisor: t.sum() / d, SUM: torch.Tensor.sum}[reduction]
+        loss, normalizer = ops().mse_forward(x, y, weight, reduction, None)
+        assert_near(loss, pick(losses), scale=10, message="loss")
+        if reduction != NONE:
+            assert_near(normalizer, divisor, torch.float32, message="normalizer")
+        derivative, _ = ops().mse_jvp(x, y, weight, dx, dy, reduction, None)
+        assert_near(derivative, pick(derivatives), scale=100, message="jvp")
+        upstream = torch.randn(x.shape).to(x.dtype) if reduction == NONE else torch.randn(()).to(x.dtype)
+        expected = 2 * upstream.double() * w * difference
+        if reduction == MEAN:
+            expected = expected / divisor
+        divide = normalizer if reduction == MEAN else None
+        for need in ((True, True), (True, False), (False, True)):
+            given = ops().mse_backward(upstream, x, y, weight, divide, *need)
+            for gradient, wanted, sign in zip(given, need, (1, -1), strict=True):
+                if wanted:
+                    assert_near(gradient, sign * expected, scale=20, message="gradient")
+
+
+def mse(dtype: torch.dtype) -> Iterator[Case]:
+    width = 16 // dtype.itemsize
+    other = OTHER[dtype]
+
+    def flat(size: int, *offsets: int, second: torch.dtype = dtype, **more: Any) -> None:
+        x, y, w = (shifted(torch.randn(1, size).to(dtype), k)[0] for k in offsets)
+        check_mse(x, y.to(second), **more)
+        check_mse(x, y.to(second), w.abs() + 0.5, **more)
+
+    for offset in range(width):
+        for size in (*range(1, 2 * width + 1), 256 * width + 3):
+            yield f"mse of {size} from {offset} of {width}", lambda s=size, o=offset: flat(s, o, o, o)
+    for size in (8191, 8192, 8193, 30_001):
+        yield f"mse of {size}", lambda s=size: flat(s, 0, 0, 0)
+        yield f"mse of {size} from 1", lambda s=size: flat(s, 1, 1, 1, reductions=(SUM,))
+    yield "mse that shares no packs", lambda: flat(700, 0, 1, 2)
+    yield "mse whose target shares no packs", lambda: flat(25_000, 1, 0, 1, reductions=(MEAN,))
+    yield "mse of two dtypes", lambda: flat(700, 0, 0, 0, second=other)
+    yield (
+        "mse with one weight for all",
+        lambda: check_mse(
+            torch.randn(515).to(dtype), torch.randn(515).to(dtype), torch.tensor(0.5, dtype=dtype).expand(515)
+        ),
+    )
+
+    def strided() -> None:
+        x, y = torch.randn(37, 30).to(dtype), torch.randn(30, 37).to(dtype)
+        check_mse(x, y.t())
+        check_mse(x[:, ::2], y.t()[:, 1::2])
+        check_mse(x, y.t(), torch.rand(37, 1).to(dtype).expand(37, 30))
+
+    yield "mse of strided tensors", strided
+    yield "mse of nothing", lambda: check_mse(torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def shared(dtype: torch.dtype) -> Iterator[Case]:
+    """What threads share: rows, sums, the record of a bad class index. For TSan, which is slow."""
+    for way, shape in {**WAYS, **FEW_ROWS}.items():
+        if way in ("block", "block, two steps", "more slices than lanes"):
+            continue
+        yield f"{way}, shared", lambda s=shape: check_kind("index", drawn(s, dtype), reductions=(MEAN,))
+        yield (
+            f"{way}, shared, weights of classes",
+            lambda s=shape: check_cross_entropy(
+                drawn(s, dtype), probabilities(s, dtype), reductions=(MEAN,), second=True
+            ),
+        )
+    yield (
+        "more rows than a chunk, shared",
+        lambda: check_cross_entropy(drawn((100, 513), dtype), indices((100, 513)), reductions=(MEAN,)),
+    )
+    target = torch.arange(-9, 60)
+    for classes in (7, 37, 300):
+        yield (
+            f"bad targets of {classes}, all at once",
+            lambda c=classes: check_cross_entropy(
+                drawn((69, c), dtype), target, reductions=(NONE,), second=c < 300
+            ),
+        )
+    yield (
+        "bad targets, side by side",
+        lambda: check_cross_entropy(drawn((3, 40, 23), dtype), target.view(3, 23), reductions=(NONE,)),
+    )
+    yield (
+        "mse of several blocks",
+        lambda: check_mse(torch.randn(9001).to(dtype), torch.randn(9001).to(dtype), reductions=(SUM,)),
+    )
+
+
+GROUPS = {f.__name__: f for f in (ways, mixed, every_remainder, edges, shared, second_derivatives, mse)}
+
+
+def failures(dtype: torch.dtype, groups: Sequence[str], only: str = "") -> Iterator[str]:
+    """Of the cases, in words."""
+    for name, case in (case for group in groups for case in GROUPS[group](dtype)):
+        if only not in name:
+            continue
+        torch.manual_seed(1)
+        try:
+            case()
+        except Exception:
+            with contextlib.suppress(Exception):
+                ops().check_async_errors()  # or the next case would find this one's
+            yield f"{name}: {traceback.format_exc(limit=-3)}"
+
+
+def fill_fresh_memory() -> None:
+    """With NaN: what a kernel leaves out must not be right by chance, or left by the call before."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", type=Path)
+    parser.add_argument("dtype", choices=[str(d).removeprefix("torch.") for d in OTHER])
+    parser.add_argument("--order", type=int, nargs="+", choices=ORDERS, default=[ORDERS[0]])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--only", default="", help="cases with this in their names")
+    parser.add_argument("--first", action="store_true", help="stop at the first failure")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    fill_fresh_memory()
+    torch.ops.load_library(given.library)
+    failed = False
+    for order in given.order:
+        Emulator(given.library).set_order(order)
+        for failure in failures(getattr(torch, given.dtype), given.groups, given.only):
+            print(f"FAILED in order {order}: {failure}", flush=True)
+            failed = True
+            if given.first:
+                sys.exit(1)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
