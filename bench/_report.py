@@ -31,8 +31,13 @@ class Row:
     input_bytes: int
     bytes_moved: int
     target: float | None
+    host_bound: bool = False  # the wall clock's seconds, on a device whose other rows are device time
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each round
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.case}, wall time" if self.host_bound else self.case
 
     @property
     def mode(self) -> str:
@@ -47,9 +52,9 @@ class Row:
         return None if theirs is None or ours is None else theirs / ours
 
     def rate(self) -> float | None:
-        """Bytes per second of ours, of those that must move."""
+        """Bytes per second of ours, of those that must move, where it is they that take the time."""
         ours = self.median(OURS)
-        return None if ours is None else self.bytes_moved / ours
+        return None if ours is None or self.host_bound else self.bytes_moved / ours
 
     def peak(self, name: str) -> int | None:
         """Peak memory, where the case is large enough to tell."""
@@ -57,7 +62,7 @@ class Row:
 
     def misses(self, *names: str) -> list[str]:
         """What the row should have reached, over any or the named implementations, and did not."""
-        misses = []
+        misses = [] if OURS in self.seconds else [(OURS, "no result")]
         eager, compiled = self.ratio(EAGER), self.ratio(COMPILE)
         if self.target is not None and eager is not None and eager < self.target:
             misses.append((EAGER, "below target"))
@@ -71,7 +76,8 @@ class Row:
 
 def implementations(rows: Sequence[Row]) -> list[str]:
     """Those of any row, ours first, peers last."""
-    return list(dict.fromkeys(name for row in rows for name in row.seconds))
+    known = [name for name in LABELS if any(name in row.seconds for row in rows)]
+    return list(dict.fromkeys([*known, *(name for row in rows for name in row.seconds)]))
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -80,6 +86,18 @@ def _cell(value: float | None, digits: int) -> str:
 
 def _scaled(value: float | None, by: float) -> float | None:
     return None if value is None else value * by
+
+
+def summary(row: Row, copy_rate: float) -> str:
+    """One row in a line, for those who watch."""
+    names = implementations([row])
+    times = [f"{name} {_cell(_scaled(row.median(name), 1e3), 4)} ms" for name in names]
+    ratios = [
+        f"{name}/ours {_cell(row.ratio(name), 2)}" for name in names if row.ratio(name) and name != OURS
+    ]
+    rate = row.rate()
+    rates = [] if rate is None else [f"{rate * 1e-9:.0f} GB/s ({rate / copy_rate:.0%} of copy)"]
+    return f"{row.loss} {row.label} {row.mode}: " + "; ".join([*times, *ratios, *rates, row.verdict()])
 
 
 def table(rows: Sequence[Row], copy_rate: float) -> list[list[str]]:
@@ -100,7 +118,7 @@ def table(rows: Sequence[Row], copy_rate: float) -> list[list[str]]:
         milliseconds = [_scaled(row.median(name), 1e3) for name in names]
         lines.append(
             [
-                *(row.loss, row.case, row.mode),
+                *(row.loss, row.label, row.mode),
                 *(_cell(row.ratio(name), 2) for name in others),
                 *(_cell(ms, 2 if ms is None or ms >= 1 else 4) for ms in milliseconds),
                 _cell(_scaled(row.rate(), 1e-9), 1),
@@ -131,13 +149,22 @@ def as_markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def notes(machine: dict[str, Any]) -> str:
     """What the columns mean, on which machine."""
-    where = f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
     if machine["device"] == "cuda":
-        where = machine["gpu"]
-    # The copy rate, measured just before, adds a little to the load of an idle machine.
-    busy = f" The machine was busy (load {machine['load']:.1f})." if machine["load"] > 0.5 else ""
+        where = f"{machine['gpu']}, driver {machine['driver']}"
+        build = machine["cuda"]
+        last = (
+            " Times are the device's, from a cold L2 and without the host's part, which is hidden; those of "
+            "rows marked `wall time`, which are all launches, are the wall clock's for each of many steps in "
+            "a row. Liger writes its gradient over the logits, in its forward pass, and waits for the "
+            "device there; it has logits of its own, copied outside the time."
+        )
+    else:
+        where = f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
+        build = machine["isa"]
+        # The copy rate, measured just before, adds a little to the load of an idle machine.
+        last = f" The machine was busy (load {machine['load']:.1f})." if machine["load"] > 0.5 else ""
     return (
-        f"{where}; torch {machine['torch']}, lossops {machine['lossops']} ({machine['isa']}); "
+        f"{where}; torch {machine['torch']}, lossops {machine['lossops']} ({build}); "
         f"{machine['date']}. Medians of {machine['rounds']} or more interleaved rounds. "
         "`GB/s` counts what must move at least (see the cases' byte counts), over the time of ours; "
         f"`% of copy` sets it against a large copy into memory in use: {machine['copy_gb_s']:.1f} GB/s here. "
@@ -145,7 +172,7 @@ def notes(machine: dict[str, Any]) -> str:
         "`MB` is the peak of memory during the step beyond inputs and gradient, where the input is large "
         "enough to tell. "
         "`target` is for eager/ours; above 100 000 elements ours must not be slower than compile either."
-        + busy
+        + last
     )
 
 
@@ -154,7 +181,10 @@ def write_json(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None
         return {
             **{
                 key: getattr(row, key)
-                for key in ("loss", "case", "mode", "elements", "input_bytes", "bytes_moved", "target")
+                for key in (
+                    *("loss", "case", "mode", "host_bound"),
+                    *("elements", "input_bytes", "bytes_moved", "target"),
+                )
             },
             "ratio": {name: row.ratio(name) for name in row.seconds if name != OURS},
             "ms": {name: statistics.median(seconds) * 1e3 for name, seconds in row.seconds.items()},
@@ -222,9 +252,9 @@ def _name_rows(axes: Any, cases: Sequence[tuple[str, str]]) -> None:
 def plot_speed(path: Path, rows: Sequence[Row], where: str) -> None:
     names = [name for name in implementations(rows) if name != OURS]
     colours = {name: _colour(name, names) for name in names}
-    cases = list(dict.fromkeys((row.loss, row.case) for row in rows))
+    cases = list(dict.fromkeys((row.loss, row.label) for row in rows))
     by_mode = {
-        title: {(row.loss, row.case): row for row in rows if row.backward is backward}
+        title: {(row.loss, row.label): row for row in rows if row.backward is backward}
         for title, backward in (("forward + backward", True), ("forward only, no_grad", False))
     }
     by_mode = {title: chosen for title, chosen in by_mode.items() if chosen}
@@ -234,12 +264,18 @@ def plot_speed(path: Path, rows: Sequence[Row], where: str) -> None:
         missed = {"color": "#cc0000", "weight": "bold"} if row.misses(name) else {}
         return {"text": f"{row.ratio(name):.1f}{aimed}", **missed}
 
+    ratios = [ratio for row in rows for name in names if (ratio := row.ratio(name)) is not None]
+    far_apart = max(ratios, default=1) > 40  # then on a linear axis the others would be one bar
+
     figure, panels = _figure(
         len(names) * len(cases), len(by_mode), f"How many times as fast lossops is\n{where}"
     )
     for axes, (title, chosen) in zip(panels, by_mode.items(), strict=True):
         _bars(axes, [chosen.get(case) for case in cases], names, Row.ratio, label, colours)
         axes.axvline(1, color="black", linewidth=1)
+        if far_apart:
+            axes.set_xscale("log")
+            axes.set_xlim(left=min(ratios) / 1.5)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("their time / ours (line: equal)")
     _name_rows(panels[0], cases)
@@ -267,7 +303,7 @@ def plot_memory(path: Path, rows: Sequence[Row], where: str) -> None:
         _bars(axes, chosen, names, multiple, label, colours)
         axes.set_xlabel("peak beyond inputs and gradient / size of the input")
         axes.set_xlim(left=0)
-        _name_rows(axes, [(row.loss, row.case) for row in chosen])
+        _name_rows(axes, [(row.loss, row.label) for row in chosen])
         figure.legend(loc="outside lower center", ncols=6, frameon=False)
     else:
         axes.set_axis_off()

@@ -89,13 +89,43 @@ QUICK = [
     _case(32, 10, speedup=1),
 ]
 
+# A GPU's: enough rows to fill it, tensors that its L2 does not hold.
+CUDA_CASES = [
+    _case(4096, 32000, dtype=F32),
+    _case(4096, 32000, dtype=BF16),
+    _case(8192, 128256, dtype=BF16),
+    _case(65536, 1000, dtype=F32),
+    _case(65536, 1000, dtype=BF16),
+    _case(1048576, 10, dtype=F32),
+    _case(1048576, 10, dtype=BF16),
+    _case(8, 21, 512, 512),
+    _case(8, 21, 513, 513),  # an odd number of pixels, as DeepLab's: planes that are not aligned
+    _case(4096, 32000, dtype=BF16, label_smoothing=0.1),
+    _case(4096, 32000, dtype=BF16, weight=True, label_smoothing=0.1),
+    _case(4096, 32000, dtype=BF16, probabilities=True),
+    _case(8, 262144, dtype=BF16),  # fewer rows than multiprocessors
+    _case(4096, 32000, dtype=F64),
+    _case(128, 1000),
+    _case(32, 10),
+]
+
+CUDA_QUICK = [
+    _case(4096, 32000, dtype=BF16),
+    _case(65536, 1000),
+    _case(1048576, 10),
+    _case(8, 21, 512, 512),
+    _case(32, 10),
+]
+
 
 # --------------------------------------------------------------------------------------------------
 # Peers, for CUDA: imported when first called, so that one that does not load is left out by itself.
-# They take (N, C) logits with class indices; their versions differ in what else they take.
+# They take (N, C) logits with class indices; their versions differ in what else they take. flash-attn
+# and Apex reduce nothing: their mean is torch's, and counts.
 
 
 def _liger(input: Tensor, target: Tensor) -> Tensor:
+    # Makes the gradient in its forward, over the logits, and asks the device for a number on the way.
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return liger_cross_entropy(input, target)

@@ -49,3 +49,16 @@ QUICK = [
     _case(2**22),
     _case(1024, speedup=1),
 ]
+
+CUDA_CASES = [
+    _case(2**27),
+    _case(2**27, dtype=torch.bfloat16),
+    _case(2**26, dtype=torch.float64),
+    _case(2**26, weight=True),
+    _case(1024),
+]
+
+CUDA_QUICK = [
+    _case(2**27),
+    _case(1024),
+]

@@ -1,12 +1,15 @@
 """Times lossops against PyTorch, eager and compiled, and weighs their peak memory.
 
     python bench/run.py --device cpu            every case: some minutes
+    python bench/run.py --device cuda           a GPU's cases: within four minutes on an H100
     python bench/run.py --quick                 a few smaller ones: a minute
     python bench/run.py --loss mse --case 2^26  what matches
 
 The implementations take turns in every round, so that whatever else the machine does meets them
-all; a figure is the median over the rounds. Every other file beside this one that does not begin
-with an underscore is a loss: OURS, EAGER, PEERS, and the cases in CASES and QUICK.
+all; a figure is the median over the rounds. Each row is printed as it is measured, and the table and
+the data are written anew with it, so that a run that is cut short leaves what it had. Every other
+file beside this one that does not begin with an underscore is a loss: OURS, EAGER, PEERS, and the
+cases in CASES and QUICK, CUDA_CASES and CUDA_QUICK.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import datetime
 import importlib
 import os
 import platform
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,12 +40,23 @@ from _report import (
     notes,
     plot_memory,
     plot_speed,
+    summary,
     table,
     write_json,
 )
-from tqdm import tqdm
 
 import lossops
+
+try:
+    from tqdm import tqdm
+
+    say: Callable[..., None] = tqdm.write
+except ImportError:  # the rows as they come show the progress too
+
+    def tqdm(items: Any, **_: Any) -> Any:
+        return items
+
+    say = print
 
 LOSSES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "run")
 # Short rows are measured in more rounds: one interruption by the system is as long as all of theirs.
@@ -61,15 +77,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=9, help="least timings of each implementation (default: 9)")
     add("--threads", type=int, default=2, help="CPU threads; the targets are for 2 (default: 2)")
     add("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
+    add("--compile-seconds", type=float, help="leave it out of rows begun later (default: 150 on cuda)")
     add("--out", type=Path, default=Path("bench-output"), help="folder of the results")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.no_compile:
+        arguments.compile_seconds = 0
+    elif arguments.compile_seconds is None:
+        # Where GPUs are lent by the minute, a slow compiler must not take the measurements' time.
+        arguments.compile_seconds = 150 if arguments.device == "cuda" else float("inf")
+    return arguments
 
 
 def select_cases(arguments: argparse.Namespace) -> list[tuple[str, ModuleType, Case]]:
     selected = []
     for loss in arguments.loss:
         module = importlib.import_module(loss)
-        for case in module.QUICK if arguments.quick else module.CASES:
+        cuda = "CUDA_" if arguments.device == "cuda" else ""
+        for case in getattr(module, cuda + ("QUICK" if arguments.quick else "CASES")):
             if dtype_name(case.dtype) in arguments.dtype and arguments.case in f"{loss} {case.name}":
                 selected.append((loss, module, case))
     if not selected:
@@ -100,7 +124,7 @@ def compiled(eager: Loss) -> Loss:
 def measure(
     meter: Cpu | Cuda, row: Row, losses: dict[str, Loss], shared: dict[str, Any], rounds: int
 ) -> None:
-    """Fills in the row's seconds and peaks, and drops implementations that do not run."""
+    """Fills in the row's seconds and peaks, but for implementations that fail or compute something else."""
     steps: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
     expected, expected_grad = None, None
     for name, loss in losses.items():
@@ -113,24 +137,25 @@ def measure(
         x, step = arguments["input"], make_step(loss, arguments, row.backward)
         try:
             result = step()
+            if expected is None:
+                expected, expected_grad = result, x.grad
+            check_agreement(name, result, x.grad, expected, expected_grad)
         except Exception as error:
-            if name in (OURS, EAGER):
-                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            tqdm.write(f"{name} is left out of {row.loss} {row.case}: {reason[0]}", file=sys.stderr)
+            say(f"{name} is left out of {row.loss} {row.case} {row.mode}: {reason[0]}", file=sys.stderr)
+            if name == EAGER:
+                return  # there is nothing to check the others against
             continue
-        if expected is None:
-            expected, expected_grad = result, x.grad
-        check_agreement(name, result, x.grad, expected, expected_grad)
         steps[name] = step, x
     del result, expected, expected_grad
 
-    iterations = meter.iterations(min(meter.time(*steps[name], 1) for name in steps))
-    row.seconds = {name: [] for name in sorted(steps, key=[OURS, *losses].index)}
+    iterations = meter.iterations(row.elements, min(meter.time(*steps[name], 1) for name in steps))
+    seconds: dict[str, list[float]] = {name: [] for name in sorted(steps, key=[OURS, *losses].index)}
     start = time.perf_counter()
-    while len(row.seconds[OURS]) < rounds or time.perf_counter() - start < LEAST_SECONDS:
-        for name in row.seconds:
-            row.seconds[name].append(meter.time(*steps[name], iterations))
+    while len(seconds[EAGER]) < rounds or time.perf_counter() - start < LEAST_SECONDS:
+        for name in seconds:
+            seconds[name].append(meter.time(*steps[name], iterations))
+    row.seconds = seconds
     for _, x in steps.values():
         x.grad = None
     for name in row.seconds:
@@ -139,15 +164,27 @@ def measure(
         x.grad = None
 
 
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.partition("\n")[0].strip()
+
+
 def describe_machine(arguments: argparse.Namespace, copy_rate: float) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = models[0].partition(":")[2].strip() if models else processor
+    cuda = lossops.cuda_build_info() if arguments.device == "cuda" else None
     return {
         "device": arguments.device,
         "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "driver": driver_version() if arguments.device == "cuda" else None,
+        "cuda": " ".join(["CUDA", cuda.toolkit, *cuda.architectures]) if cuda else None,
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -161,12 +198,24 @@ def describe_machine(arguments: argparse.Namespace, copy_rate: float) -> dict[st
     }
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def result_paths(out: Path, gpu: str | None) -> dict[str, Path]:
+    """Where results go; a GPU's have it in their names, and may lie beside the CPU's."""
+    device = "" if gpu is None else "-cuda"
+    machine = "" if gpu is None else "-cuda-" + re.sub(r"[^A-Za-z0-9]+", "-", gpu)
+    return {
+        "table": out / f"results{machine}.md",
+        "data": out / f"results{machine}.json",
+        "speed": out / f"speed{device}.png",
+        "memory": out / f"memory{device}.png",
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     selected = select_cases(arguments)
     meter = choose_meter(arguments)
-    if not arguments.no_compile:
+    if arguments.device == "cpu" and not arguments.no_compile:
         from torch._inductor import config
 
         # A pool of compiling processes would start, and take the cores, while others are timed.
@@ -174,51 +223,63 @@ def main() -> None:
     copy_rate = meter.copy_rate()
     machine = describe_machine(arguments, copy_rate)
     aimed = arguments.device == "cpu" and arguments.threads == 2
-
-    rows: list[Row] = []
-    # A quick run times forward only for its first case: compiling takes most of its minute.
-    modes = [(True, False) if k == 0 or not arguments.quick else (True,) for k in range(len(selected))]
-    progress = tqdm(total=sum(map(len, modes)), unit="row", disable=None)
-    for (loss, module, case), backward_or_not in zip(selected, modes, strict=True):
-        shared = case.arguments(meter.device)
-        for backward in backward_or_not:
-            progress.set_description(f"{loss} {case.name}")
-            row = Row(
-                loss=loss,
-                case=case.name,
-                backward=backward,
-                elements=case.elements,
-                input_bytes=shared["input"].nbytes,
-                bytes_moved=case.bytes_moved(backward),
-                target=case.target(backward) if aimed else None,
-            )
-            # Eager first: the others are checked against it.
-            losses = {EAGER: module.EAGER, OURS: module.OURS}
-            if not arguments.no_compile:
-                torch._dynamo.reset()
-                losses[COMPILE] = compiled(module.EAGER)
-            if arguments.device == "cuda" and case.plain:
-                losses |= module.PEERS
-            measure(meter, row, losses, shared, arguments.rounds)
-            rows.append(row)
-            progress.update()
-    progress.close()
-
-    lines = table(rows, copy_rate)
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", machine, rows)
-    (out / "results.md").write_text(as_markdown(lines) + "\n\n" + notes(machine) + "\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    paths = result_paths(arguments.out, machine["gpu"])
     where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
     where += f"; torch {machine['torch']}"
-    plot_speed(out / "speed.png", rows, where)
-    plot_memory(out / "memory.png", rows, where)
+    driver = f"; driver {machine['driver']}" if machine["driver"] else ""
+    print(f"{where}{driver}; a copy moves {copy_rate * 1e-9:.1f} GB/s, read and write counted", flush=True)
 
-    print(as_text(lines))
+    rows: list[Row] = []
+    start = time.perf_counter()
+    try:
+        for k, (loss, module, case) in enumerate(tqdm(selected, unit="case", disable=None)):
+            shared = case.arguments(meter.device)
+            # A quick run times forward only for its first case: compiling takes most of its minute.
+            for backward in (True, False) if k == 0 or not arguments.quick else (True,):
+                row = Row(
+                    loss=loss,
+                    case=case.name,
+                    backward=backward,
+                    elements=case.elements,
+                    input_bytes=shared["input"].nbytes,
+                    bytes_moved=case.bytes_moved(backward),
+                    target=case.target(backward) if aimed else None,
+                    host_bound=meter.host_bound(case.elements),
+                )
+                # Eager first: the others are checked against it.
+                losses = {EAGER: module.EAGER, OURS: module.OURS}
+                if time.perf_counter() - start < arguments.compile_seconds:
+                    torch._dynamo.reset()
+                    losses[COMPILE] = compiled(module.EAGER)
+                if arguments.device == "cuda" and case.plain:
+                    losses |= module.PEERS
+                measure(meter, row, losses, shared, arguments.rounds)
+                rows.append(row)
+                say(summary(row, copy_rate))
+                sys.stdout.flush()
+                write_json(paths["data"], machine, rows)
+                markdown = as_markdown(table(rows, copy_rate))
+                paths["table"].write_text(f"{markdown}\n\n{notes(machine)}\n")
+    finally:
+        if rows:
+            finish(rows, machine, copy_rate, paths, where)
+    if any(OURS not in row.seconds for row in rows):
+        sys.exit("run.py: lossops has no result in some row; see above why.")
+
+
+def finish(
+    rows: list[Row], machine: dict[str, Any], copy_rate: float, paths: dict[str, Path], where: str
+) -> None:
+    """The table at last, and the figures."""
+    print("\n" + as_text(table(rows, copy_rate)))
     print("\n" + notes(machine))
     failed = sum(bool(row.misses()) for row in rows)
     print(f"\n{len(rows) - failed} of {len(rows)} rows pass.")
-    print(f"Table, data and figures: {out}/results.md, results.json, speed.png, memory.png")
+    if rows := [row for row in rows if row.seconds]:
+        plot_speed(paths["speed"], rows, where)
+        plot_memory(paths["memory"], rows, where)
+    print("Table, data and figures: " + ", ".join(map(str, paths.values())))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,8 +46,53 @@ def make_row(bench):
     return make
 
 
-def find(module, name):
-    (case,) = [case for case in module.CASES if case.name == name]
+@pytest.fixture
+def gpu(bench, monkeypatch):
+    """A GPU that computes on the CPU and whose clock is the host's; its list of what was asked of it."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+            self.time = time.perf_counter()
+
+        def query(self):
+            return gpu.awake
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3  # milliseconds, as the real one
+
+    properties = SimpleNamespace(L2_cache_size=2**22)
+    memory = iter(range(0, 10**12, 10**6))
+    fakes = {
+        "Event": Event,
+        "_sleep": lambda cycles: calls.append(cycles),
+        "synchronize": lambda: calls.append("wait"),
+        "is_available": lambda: True,
+        "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+        "get_device_properties": lambda device: properties,
+        "reset_peak_memory_stats": lambda: calls.append("reset"),
+        "memory_allocated": lambda: next(memory),
+        "max_memory_allocated": lambda: next(memory),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
+    measure = bench("_measure")
+    monkeypatch.setattr(measure.Cuda, "device", torch.device("cpu"))
+    monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
+    gpu = SimpleNamespace(calls=calls, awake=False, meter=measure.Cuda)
+    return gpu
+
+
+def find(module, name, cases="CASES"):
+    (case,) = [case for case in getattr(module, cases) if case.name == name]
     return case
 
 
@@ -78,8 +125,27 @@ def test_cases_are_what_they_say(bench, loss):
         assert arguments["input"].dtype == case.dtype
         assert arguments["input"].numel() == case.elements
         assert arguments["input"].requires_grad and not arguments["target"].requires_grad
-    for cases in (module.CASES, module.QUICK):
+    for cases in (module.CASES, module.QUICK, module.CUDA_CASES, module.CUDA_QUICK):
         assert len({case.name for case in cases}) == len(cases)
+    assert {case.name for case in module.CUDA_QUICK} <= {case.name for case in module.CUDA_CASES}
+
+
+def test_cases_of_a_gpu(bench):
+    measure = bench("_measure")
+    cases = [case for loss in LOSSES for case in bench(loss).CUDA_CASES]
+    for case in cases:
+        # Nothing in between: device time of a few microseconds is launches and says little.
+        assert case.elements <= measure.Cuda.HOST_BOUND_UP_TO or case.elements >= 2**21
+        assert case.bytes_moved(backward=True) < 2**34  # a tenth of a second at worst
+        assert case.target(True) is None and case.target(False) is None  # they are for 2 CPU threads
+    largest = find(bench("cross_entropy"), "bfloat16 8192x128256", "CUDA_CASES")
+    assert largest.plain  # peers take it
+    logits, target = 8192 * 128256 * 2, 8192 * 8
+    assert largest.bytes_moved(backward=True) == 3 * logits + 2 * target
+    image = find(bench("cross_entropy"), "float32 8x21x513x513", "CUDA_CASES")
+    assert image.bytes_moved(backward=False) == 8 * 513 * 513 * (21 * 4 + 8) and not image.plain
+    double = find(bench("mse"), "float64 2^26", "CUDA_CASES")
+    assert double.bytes_moved(backward=True) == 5 * 2**29
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -118,6 +184,8 @@ def test_verdicts(make_row):
     assert make_row(seconds=seconds).misses("eager") == ["below target"]
     del seconds["compile"]
     assert make_row(seconds=seconds, target=3.0).verdict() == "pass"
+    del seconds["ours"]
+    assert make_row(seconds=seconds).verdict() == make_row(seconds={}).verdict() == "FAIL: no result"
 
 
 def test_table(bench, make_row):
@@ -136,6 +204,97 @@ def test_table(bench, make_row):
     assert (tiny["compile/ours"], tiny["target"]) == ("-", "-")
     assert [line.count("|") for line in report.as_markdown(lines).split("\n")] == [len(lines[0]) + 1] * 4
     assert len(report.as_text(lines).split("\n")) == 3
+
+
+def test_table_of_a_gpu(bench, make_row):
+    report = bench("_report")
+    failed = make_row(seconds={"eager": [0.5], "Liger": [0.2]}, target=None)
+    launches = make_row(case="float32 1024", target=None, host_bound=True)
+    lines = report.table([failed, launches], copy_rate=3e12)
+    header, broken, tiny = (dict(zip(lines[0], line, strict=True)) for line in lines)
+    assert list(header)[3:6] == ["eager/ours", "compile/ours", "Liger/ours"]
+    assert (broken["eager ms"], broken["ours ms"], broken["Liger/ours"]) == ("500.00", "-", "-")
+    assert broken["verdict"] == "FAIL: no result"
+    # How long launches take says nothing about bytes.
+    assert (tiny["case"], tiny["GB/s"], tiny["% of copy"]) == ("float32 1024, wall time", "-", "-")
+    line = report.summary(make_row(), copy_rate=2e10)
+    assert line.startswith(
+        "mse float32 2^24 fwd+bwd: ours 100.0000 ms; eager 500.0000 ms; compile 200.0000 ms;"
+    )
+    assert line.endswith("; eager/ours 5.00; compile/ours 2.00; 10 GB/s (50% of copy); pass")
+    assert report.summary(make_row(seconds={}), 2e10) == "mse float32 2^24 fwd+bwd: FAIL: no result"
+
+
+def test_device_time(gpu):
+    x = torch.ones(4, requires_grad=True)
+    x.grad = torch.ones(4)
+
+    def step():
+        assert x.grad is None
+        gpu.calls.append("step")
+        return x.sum()
+
+    meter, (short, long) = gpu.meter(), gpu.meter.SLEEP_CYCLES
+    assert meter.iterations(2**22, 1e-9) == 1 and not meter.host_bound(2**22)
+    assert 0 < meter.time(step, x, 1) < 1
+    assert gpu.calls == [short, "record", "step", "record", "wait"]
+    # The device woke before the host had queued the step: once more, with a longer sleep.
+    gpu.calls.clear()
+    gpu.awake = True
+    meter.time(step, x, 1)
+    assert gpu.calls == [short, "record", "step", "record", long, "record", "step", "record", "wait"]
+    # Launches are timed by the wall, many in a row.
+    gpu.calls.clear()
+    steps = meter.iterations(32 * 10, 1e-6)
+    meter.time(step, x, steps)
+    assert meter.host_bound(32 * 10) and gpu.calls == ["wait", *["step"] * steps, "wait"]
+    assert meter.peak(step, x, 0) == 10**6 and meter.peak(step, x, 2 * 10**6) == 0
+
+
+def test_a_run_on_a_gpu_writes_beside_the_cpus(bench, gpu, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = bench("run")
+    options = ["--quick", "--no-compile", "--rounds", "1", "--case", "32x10", "--out", str(tmp_path)]
+    run.main(["--device", "cuda", *options])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "memory-cuda.png",
+        "results-cuda-NVIDIA-H100-80GB-HBM3.json",
+        "results-cuda-NVIDIA-H100-80GB-HBM3.md",
+        "speed-cuda.png",
+    ]
+    results = json.loads((tmp_path / "results-cuda-NVIDIA-H100-80GB-HBM3.json").read_text())
+    assert results["machine"]["gpu"] == "NVIDIA H100 80GB HBM3" and results["machine"]["driver"]
+    assert [(row["host_bound"], row["target"]) for row in results["rows"]] == [(True, None)] * 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("NVIDIA H100 80GB HBM3; torch")
+    assert "\ncross_entropy float32 32x10, wall time fwd+bwd: ours " in printed
+
+
+def test_what_fails_is_left_out(bench, gpu, tmp_path, capsys, monkeypatch):
+    run, module = bench("run"), bench("cross_entropy")
+
+    def wrong(input, target):
+        return 2 * F.cross_entropy(input, target)
+
+    def interrupted(input, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "OURS", wrong)
+    monkeypatch.setattr(run, "plot_speed", lambda *_: None)
+    monkeypatch.setattr(run, "plot_memory", lambda *_: None)
+    options = ["--device", "cuda", "--no-compile", "--rounds", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="no result in some row"):
+        run.main([*options, "--case", "32x10"])
+    assert "ours is left out of cross_entropy float32 32x10 fwd: ours disagrees" in capsys.readouterr().err
+    # What was measured before an interruption is there.
+    monkeypatch.setattr(module, "OURS", module.EAGER)
+    monkeypatch.setattr(module, "CUDA_CASES", module.CUDA_QUICK[-1:])
+    monkeypatch.setattr(bench("mse"), "CUDA_CASES", bench("mse").CUDA_QUICK[-1:])
+    monkeypatch.setattr(bench("mse"), "OURS", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(options)
+    (data,) = tmp_path.glob("*.json")
+    assert [row["case"] for row in json.loads(data.read_text())["rows"]] == ["float32 32x10"] * 2
 
 
 def test_peak_sees_a_temporary(bench):
@@ -158,7 +317,6 @@ def test_peak_sees_a_temporary(bench):
 
 def test_a_run_writes_its_results(tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("tqdm")
     options = ["--quick", "--no-compile", "--rounds", "1", "--case", "32x10", "--out", str(tmp_path)]
     command = [sys.executable, str(BENCH / "run.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -181,7 +339,6 @@ def test_a_run_writes_its_results(tmp_path):
 
 
 def test_choosing_cases(bench):
-    pytest.importorskip("tqdm")
     run = bench("run")
     assert sorted(run.LOSSES) == LOSSES
 
@@ -192,10 +349,19 @@ def test_choosing_cases(bench):
     assert choose("--case", "2^26", "--dtype", "bfloat16") == [("mse", "bfloat16 2^26")]
     with pytest.raises(SystemExit, match="no case matches"):
         choose("--case", "no such case")
+    assert choose("--device", "cuda", "--case", "2^27", "--quick") == [("mse", "float32 2^27")]
+    assert len(choose("--device", "cuda")) == sum(len(bench(loss).CUDA_CASES) for loss in LOSSES)
+
+
+def test_how_long_to_compile(bench):
+    parse = bench("run").parse_arguments
+    assert parse([]).compile_seconds == float("inf")
+    assert parse(["--device", "cuda"]).compile_seconds == 150
+    assert parse(["--device", "cuda", "--compile-seconds", "20"]).compile_seconds == 20
+    assert parse(["--device", "cuda", "--no-compile"]).compile_seconds == 0
 
 
 def test_cuda_without_a_gpu(bench, monkeypatch):
-    pytest.importorskip("tqdm")
     run = bench("run")
     arguments = run.parse_arguments(["--device", "cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
