@@ -3,6 +3,8 @@
 `cpu`; `cuda`, where there is a GPU; and `cuda-emulated`, which needs none: the CUDA kernels as nvcc compiled
 them, run on the CPU for tensors there. A file whose tests run on all three says so with
 `pytestmark = pytest.mark.usefixtures("device")`, and its tests make their tensors without naming a device.
+
+pytest -m cuda runs the tests of the GPU, -m "not cuda" all others, -k emulated those of the emulator.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ every_backend = on(*BACKENDS)  # what the kernels compute, with every instructio
 cpu_only = on(CPU)  # what reaches no kernel, or is the CPU's own
 cuda_kernels = on(EMULATED, CUDA)
 gpu_only = on(CUDA)
-# What looks at the way to the kernels, which is the CPU's for tensors there.
+# What looks at the way to the kernels (compilers, op registration), which is the CPU's for tensors there, or
+# is too large for the emulator: it takes a second for a few million elements.
 not_emulated = on(CPU, CUDA)
+every_real_backend = on(*(backend for backend in BACKENDS if backend != EMULATED))
 
 
 def why_not(device: str) -> str | None:

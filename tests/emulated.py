@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from cuda_emulator.build import CACHE, build_library, missing
+from cuda_emulator.control import ASCENDING, ORDERS, Emulator
 
 from lossops import _small
 
@@ -71,3 +72,14 @@ def emulation(flavour: str = "plain") -> Iterator[None]:
     finally:
         overrides._destroy()
         _small.LIMIT = limit
+
+
+@contextmanager
+def order(run: int) -> Iterator[None]:
+    """Blocks and threads in another order for each run: ascending, descending, random."""
+    emulator = Emulator(load("plain"))
+    emulator.set_order(ORDERS[run % len(ORDERS)], seed=run)
+    try:
+        yield
+    finally:
+        emulator.set_order(ASCENDING)

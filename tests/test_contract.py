@@ -25,7 +25,7 @@ from contract import (
     check_against_reference,
     value_and_gradients,
 )
-from devices import cpu_only, every_backend, here, not_emulated
+from devices import cpu_only, every_backend, every_real_backend, here, not_emulated
 from functorch.compile import make_boxed_func
 from tolerances import DTYPES, assert_near
 from torch import Tensor
@@ -176,7 +176,7 @@ def test_operands_in_different_layouts(variant: Variant) -> None:
 @each_variant
 @pytest.mark.parametrize("shape", [(300, 1000), (3, 150_000), (40_000, 7), (2, 5, 300, 301)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@every_backend
+@every_real_backend
 def test_bitwise_equal_across_threads_and_runs(
     variant: Variant, shape: tuple[int, ...], dtype: torch.dtype, restore_threads: None
 ) -> None:
