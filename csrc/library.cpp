@@ -23,13 +23,13 @@ LOSSOPS_LIBRARY(LOSSOPS_NAMESPACE, m) {
       "need_target) "
       "-> (Tensor row_dot, Tensor grad_logits, Tensor grad_target)");
   m.def(
-      "mse_forward(Tensor input, Tensor target, Tensor? weight, int reduction, ScalarType? out_dtype) "
-      "-> (Tensor loss, Tensor normalizer)");
+      "mse_forward(Tensor input, Tensor target, Tensor? weight, Tensor? mask, int reduction, "
+      "ScalarType? out_dtype) -> (Tensor loss, Tensor normalizer)");
   m.def(
-      "mse_jvp(Tensor input, Tensor target, Tensor? weight, Tensor input_tangent, Tensor target_tangent, "
-      "int reduction, ScalarType? out_dtype) -> (Tensor loss, Tensor normalizer)");
+      "mse_jvp(Tensor input, Tensor target, Tensor? weight, Tensor? mask, Tensor input_tangent, "
+      "Tensor target_tangent, int reduction, ScalarType? out_dtype) -> (Tensor loss, Tensor normalizer)");
   m.def(
-      "mse_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? normalizer, "
-      "bool need_input, bool need_target) -> (Tensor grad_input, Tensor grad_target)");
+      "mse_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? mask, "
+      "Tensor? normalizer, bool need_input, bool need_target) -> (Tensor grad_input, Tensor grad_target)");
   m.def("check_async_errors() -> ()");
 }

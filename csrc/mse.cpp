@@ -13,9 +13,7 @@ class Operands {
       : op_(op), input_(input), sizes_(sizes_of(input)), elements_(sizes_.data(), sizes_.size()) {}
 
   Elements take(const Tensor& t, MSEOperand operand, const char* name) {
-    LOSSOPS_CHECK(sizes_of(t) == sizes_, op_, ": expected ", name, " of shape ", sizes_, " like input, got ",
-                  sizes_of(t));
-    check_same_device(t, input_, op_, name);
+    check_like_input(t, name);
     const Sizes strides = strides_of(t);
     std::copy(strides.begin(), strides.end(), elements_.stride[operand]);
     const DType dtype = dtype_of(t, op_, name);
@@ -32,10 +30,11 @@ class Operands {
 
   // What every op is given.
   void take_problem(MSEProblem& call, const Tensor& input, const Tensor& target,
-                    const std::optional<Tensor>& weight) {
+                    const std::optional<Tensor>& weight, const std::optional<Tensor>& mask) {
     call.input = take(input, kInput, "input");
     call.target = take(target, kTargetElement, "target");
     if (weight) call.weight = take(*weight, kWeight, "weight");
+    if (mask) take_mask(call, *mask);
   }
 
   void give(MSEProblem& call) {
@@ -45,6 +44,24 @@ class Operands {
   }
 
  private:
+  void check_like_input(const Tensor& t, const char* name) {
+    LOSSOPS_CHECK(sizes_of(t) == sizes_, op_, ": expected ", name, " of shape ", sizes_, " like input, got ",
+                  sizes_of(t));
+    check_same_device(t, input_, op_, name);
+  }
+
+  void take_mask(MSEProblem& call, const Tensor& mask) {
+    check_like_input(mask, "mask");
+    LOSSOPS_CHECK(mask.scalar_type() == ScalarType::Bool, op_, ": expected mask of dtype Bool, got ",
+                  torch::headeronly::toString(mask.scalar_type()));
+    call.mask = static_cast<const uint8_t*>(mask.data_ptr());
+    call.mask_elements = Positions<kMaskOperands>(sizes_.data(), sizes_.size());
+    const Sizes of_input = strides_of(input_), strides = strides_of(mask);
+    std::copy(of_input.begin(), of_input.end(), call.mask_elements.stride[kMaskedInput]);
+    std::copy(strides.begin(), strides.end(), call.mask_elements.stride[kMask]);
+    call.mask_elements.simplify();
+  }
+
   const char* op_;
   Tensor input_;
   Sizes sizes_;
@@ -69,11 +86,12 @@ std::tuple<Tensor, Tensor> forward(Operands& operands, MSEForward& call, const T
 
 template <class Device>
 std::tuple<Tensor, Tensor> mse_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
-                                       int64_t reduction, std::optional<ScalarType> out_dtype) {
+                                       std::optional<Tensor> mask, int64_t reduction,
+                                       std::optional<ScalarType> out_dtype) {
   constexpr const char* op = "mse_loss";
   Operands operands(op, input);
   MSEForward call;
-  operands.take_problem(call, input, target, weight);
+  operands.take_problem(call, input, target, weight, mask);
   ScalarType dtype = promote(input.scalar_type(), target.scalar_type());
   if (weight) dtype = promote(dtype, weight->scalar_type());
   return forward<Device>(operands, call, input, reduction_of(reduction, op), out_dtype.value_or(dtype), op);
@@ -81,12 +99,12 @@ std::tuple<Tensor, Tensor> mse_forward(Tensor input, Tensor target, std::optiona
 
 template <class Device>
 std::tuple<Tensor, Tensor> mse_jvp(Tensor input, Tensor target, std::optional<Tensor> weight,
-                                   Tensor input_tangent, Tensor target_tangent, int64_t reduction,
-                                   std::optional<ScalarType> out_dtype) {
+                                   std::optional<Tensor> mask, Tensor input_tangent, Tensor target_tangent,
+                                   int64_t reduction, std::optional<ScalarType> out_dtype) {
   constexpr const char* op = "mse_jvp";
   Operands operands(op, input);
   MSEForward call;
-  operands.take_problem(call, input, target, weight);
+  operands.take_problem(call, input, target, weight, mask);
   call.input_tangent = operands.take(input_tangent, kInputTangent, "input_tangent");
   call.target_tangent = operands.take(target_tangent, kTargetTangent, "target_tangent");
   const ScalarType dtype = promote(input.scalar_type(), target.scalar_type());
@@ -95,12 +113,12 @@ std::tuple<Tensor, Tensor> mse_jvp(Tensor input, Tensor target, std::optional<Te
 
 template <class Device>
 std::tuple<Tensor, Tensor> mse_backward(Tensor grad_loss, Tensor input, Tensor target,
-                                        std::optional<Tensor> weight, std::optional<Tensor> normalizer,
-                                        bool need_input, bool need_target) {
+                                        std::optional<Tensor> weight, std::optional<Tensor> mask,
+                                        std::optional<Tensor> normalizer, bool need_input, bool need_target) {
   constexpr const char* op = "mse_backward";
   Operands operands(op, input);
   MSEBackward call;
-  operands.take_problem(call, input, target, weight);
+  operands.take_problem(call, input, target, weight, mask);
   call.grad = operands.take_grad(grad_loss);
   const auto gradient = [&](bool need, const Tensor& of, MSEOperand operand, const char* name,
                             Elements& out) {

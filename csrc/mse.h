@@ -3,7 +3,9 @@
 //   dloss/dx_i  = 2*w_i*(x_i - y_i) = -dloss/dy_i
 //   jvp_i       = 2*w_i*(x_i - y_i)*(dx_i - dy_i)
 // Each formula is linear in its last difference, so that forward, backward and jvp, applied to one
-// another's arguments, are the derivatives of every order.
+// another's arguments, are the derivatives of every order. Where a mask says that an element does not
+// count, each is 0 and so is w_i, whatever the other operands hold there: chosen, not multiplied, for
+// 0 times NaN is NaN.
 #pragma once
 
 #include "layout.h"
@@ -27,10 +29,16 @@ struct Elements {
   DType dtype = DType::f32;
 };
 
+// The mask is walked on its own: one byte for a row of a few elements would cut the walk of the others
+// into runs of these few. Both walks go by the input's strides, and so in one order.
+enum MaskOperand { kMaskedInput, kMask, kMaskOperands };
+
 struct MSEProblem {
   bool use_double = false; // accumulate in float64 instead of float32
   Positions<kMSEOperands> elements;
   Elements input, target, weight;
+  const uint8_t* mask = nullptr; // an element counts where its byte is not 0; null: all do
+  Positions<kMaskOperands> mask_elements;
 };
 
 // The loss, or its derivative along a tangent where input_tangent is given.

@@ -115,7 +115,7 @@ def check_devices(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
 
 def explain_bad_input(op: str, **tensors: Any) -> None:
     """Raises the TypeError or NotImplementedError that torch raises for what no kernel takes."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None or name != "weight"}
+    given = {name: t for name, t in tensors.items() if t is not None or name not in ("weight", "mask")}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}")

@@ -50,7 +50,10 @@ class Call:
 
     def in_float64(self) -> Call:
         """The same numbers, exactly, for the reference."""
-        options = {k: v.double() if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        options = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in self.options.items()
+        }
         return Call(tuple(t.double() for t in self.tensors), self.fixed, options)
 
 
@@ -62,6 +65,11 @@ class Variant:
     loss: Loss
     make: Callable[[tuple[int, ...], torch.dtype], Call]
     weighted: bool = False
+    composed: Callable[..., Tensor] | None = None  # of torch's operations, for what its loss lacks
+
+    @property
+    def torch_function(self) -> Callable[..., Tensor]:
+        return self.composed or self.loss.torch_function
 
     def __str__(self) -> str:
         return self.id
@@ -89,6 +97,40 @@ def _mse_weighted(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
     call = _mse(shape, dtype)
     call.options["weight"] = (torch.rand(shape) + 0.5).to(dtype)
     return call
+
+
+def _mask(shape: tuple[int, ...]) -> Tensor:
+    mask = torch.rand(shape) < 0.7
+    if mask.numel():
+        mask.view(-1)[0] = True  # a mean over nothing has a test of its own
+    return mask
+
+
+def _mse_masked(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    call = _mse(shape, dtype)
+    call.options["mask"] = _mask(shape)
+    return call
+
+
+def _mse_weighted_masked_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+    call = _mse_weighted(shape, dtype)
+    call.options["mask"] = _mask((*shape[:-1], 1))
+    return call
+
+
+def torch_masked_mse(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """What a user of torch writes who has a mask: NaN under it reaches the gradients."""
+    if torch.nn._reduction.get_enum(reduction) == 0:
+        return F.mse_loss(input, target, reduction="none", weight=weight).masked_fill(~mask, 0)
+    total = (F.mse_loss(input, target, reduction="none", weight=weight) * mask).sum()
+    counts = mask.expand_as(input) if weight is None else weight * mask
+    return total / counts.sum() if reduction == "mean" else total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,6 +193,8 @@ LOSSES = (MSE, CROSS_ENTROPY)
 VARIANTS = (
     Variant("mse", MSE, _mse),
     Variant("mse-weight", MSE, _mse_weighted, weighted=True),
+    Variant("mse-mask", MSE, _mse_masked, composed=torch_masked_mse),
+    Variant("mse-weight-mask-rows", MSE, _mse_weighted_masked_rows, weighted=True, composed=torch_masked_mse),
     Variant("index", CROSS_ENTROPY, _index),
     Variant("index-weight-ignore-smoothing", CROSS_ENTROPY, _index_all, weighted=True),
     Variant("probabilities", CROSS_ENTROPY, _probabilities),

@@ -403,29 +403,41 @@ def second_derivatives(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def check_mse(
-    x: Tensor, y: Tensor, weight: Tensor | None = None, reductions: tuple[int, ...] = (NONE, MEAN)
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    reductions: tuple[int, ...] = (NONE, MEAN),
+    mask: Tensor | None = None,
 ) -> None:
+    """With a mask, what it leaves out becomes NaN in the input, in its tangent and in the gradient."""
+    counts = torch.ones(x.shape, dtype=torch.bool) if mask is None else mask.expand(x.shape)
+    mask = None if mask is None else counts
     w = torch.ones(x.shape, dtype=torch.float64) if weight is None else weight.double().expand(x.shape)
-    difference = x.double() - y.double()
+    w = torch.where(counts, w, 0.0)
     dx, dy = torch.randn(x.shape).to(x.dtype), torch.randn(y.shape).to(y.dtype)
+    difference = torch.where(counts, x.double() - y.double(), 0.0)
     losses = w * difference.square()
     derivatives = 2 * w * difference * (dx.double() - dy.double())
+    x.masked_fill_(~counts, NAN)
+    dx.masked_fill_(~counts, NAN)
     for reduction in reductions:
         divisor = w.sum()
         pick = {NONE: lambda t: t, MEAN: lambda t, d=divisor: t.sum() / d, SUM: torch.Tensor.sum}[reduction]
-        loss, normalizer = ops().mse_forward(x, y, weight, reduction, None)
+        loss, normalizer = ops().mse_forward(x, y, weight, mask, reduction, None)
         assert_near(loss, pick(losses), scale=10, message="loss")
         if reduction != NONE:
             assert_near(normalizer, divisor, torch.float32, message="normalizer")
-        derivative, _ = ops().mse_jvp(x, y, weight, dx, dy, reduction, None)
+        derivative, _ = ops().mse_jvp(x, y, weight, mask, dx, dy, reduction, None)
         assert_near(derivative, pick(derivatives), scale=100, message="jvp")
         upstream = torch.randn(x.shape).to(x.dtype) if reduction == NONE else torch.randn(()).to(x.dtype)
         expected = 2 * upstream.double() * w * difference
         if reduction == MEAN:
-            expected = expected / divisor
+            expected = torch.where(counts, expected / divisor, 0.0)
+        if reduction == NONE:
+            upstream.masked_fill_(~counts, NAN)
         divide = normalizer if reduction == MEAN else None
         for need in ((True, True), (True, False), (False, True)):
-            given = ops().mse_backward(upstream, x, y, weight, divide, *need)
+            given = ops().mse_backward(upstream, x, y, weight, mask, divide, *need)
             for gradient, wanted, sign in zip(given, need, (1, -1), strict=True):
                 if wanted:
                     assert_near(gradient, sign * expected, scale=20, message="gradient")
@@ -463,6 +475,63 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
         check_mse(x, y.t(), torch.rand(37, 1).to(dtype).expand(37, 30))
 
     yield "mse of strided tensors", strided
+
+    def masked(shape: tuple[int, ...], of_mask: tuple[int, ...], *offsets: int, **more: Any) -> None:
+        """A mask that begins at any byte, full or broadcast, without and with weights."""
+        for weighted in (False, True):
+            x, y = (shifted(torch.randn(shape).to(dtype), offset) for offset in offsets[:2])
+            chosen = torch.rand(of_mask) < 0.6
+            memory = torch.ones(offsets[2] + chosen.numel(), dtype=torch.bool)
+            mask = memory[offsets[2] :].view(of_mask).copy_(chosen)
+            weight = shifted(torch.rand(shape).to(dtype) + 0.5, offsets[0]) if weighted else None
+            check_mse(x, y, weight, mask=mask, **more)
+
+    for offset in range(width):
+        for size in (1, width, 2 * width + 1, 256 * width + 3):
+            yield (
+                f"masked mse of {size} from {offset} of {width}",
+                lambda s=size, o=offset: masked((1, s), (1, s), o, o, (o * 3 + s) % 8),
+            )
+    for rows, columns in ((67, 2), (67, 3), (13, width), (13, 2 * width + 1), (5, 2000)):
+        yield (
+            f"mse with a mask of {rows} rows of {columns}",
+            lambda r=rows, c=columns: masked((r, c), (r, 1), 0, 0, 0),
+        )
+        yield (
+            f"mse with a mask of {columns} columns, {rows} rows",
+            lambda r=rows, c=columns: masked((r, c), (1, c), 1, 1, 1),
+        )
+    yield "mse with a mask of three dimensions", lambda: masked((3, 5, 7, 4), (3, 1, 7, 1), 0, 0, 0)
+    several = (1, 30_001)
+    yield "masked mse of several blocks", lambda: masked(several, several, 0, 0, 0, reductions=(MEAN,))
+    yield "masked mse that shares no packs", lambda: masked((7, 100), (7, 1), 0, 1, 0)
+    yield (
+        "masked mse of two dtypes",
+        lambda: check_mse(
+            torch.randn(700).to(dtype), torch.randn(700).to(other), mask=torch.arange(700) % 3 > 0
+        ),
+    )
+    yield (
+        "mse with a strided mask",
+        lambda: check_mse(
+            torch.randn(37, 30).to(dtype), torch.randn(37, 30).to(dtype), mask=(torch.rand(30, 37) < 0.5).t()
+        ),
+    )
+
+    def any_bytes() -> None:
+        """A byte of a mask is true unless it is 0, whatever else it is."""
+        mask = torch.tensor([0, 1, 2, 0, 128, 255, 0] * 100, dtype=torch.uint8).view(torch.bool)
+        x, y = torch.randn(700).to(dtype), torch.randn(700).to(dtype)
+        check_mse(x, y, mask=mask)
+        check_mse(torch.randn(700).to(dtype), y, mask=mask[:1].expand(700))
+
+    yield "mse with a mask of any bytes", any_bytes
+    yield (
+        "mse of which nothing counts",
+        lambda: check_mse(
+            torch.randn(515).to(dtype), torch.randn(515).to(dtype), mask=torch.zeros(515, dtype=torch.bool)
+        ),
+    )
     yield "mse of nothing", lambda: check_mse(torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype))
 
 

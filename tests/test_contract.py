@@ -64,9 +64,7 @@ def test_agrees_with_torch(variant: Variant, reduction: str, dtype: torch.dtype)
     for shape in ((13,), (7, 13), (3, 5, 7), (2, 70, 3, 5)):
         call = variant.make(shape, dtype)
         ours = value_and_gradients(call.bind(variant.loss.function, reduction=reduction), call.leaves())
-        torchs = value_and_gradients(
-            call.bind(variant.loss.torch_function, reduction=reduction), call.leaves()
-        )
+        torchs = value_and_gradients(call.bind(variant.torch_function, reduction=reduction), call.leaves())
         for a, e in zip(ours, torchs, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
             assert_near(a, e, scale=10)
@@ -143,12 +141,16 @@ def test_layouts(variant: Variant, layout: str, dtype: torch.dtype) -> None:
     view = LAYOUTS[layout]
     base = torch.empty(6, 10, 8, 4)
     seen = variant.make(tuple(view(base).shape), dtype)  # fixed tensors and options of the view's shape
-    weight = seen.options.get("weight")
     for reduction in ("none", "mean"):
         call = Call(variant.make(tuple(base.shape), dtype).tensors, seen.fixed, seen.options)
         check_against_reference(variant, call, reduction, view)
-    if variant.loss is MSE and weight is not None:
-        call.options = {"weight": view(variant.make((6, 10, 8, 4), dtype).options["weight"])}
+    if variant.loss is MSE and seen.options:
+        whole = variant.make(tuple(base.shape), dtype).options
+        viewed = {"weight"} if layout == "negated view" else {"weight", "mask"}  # a mask has no negative
+        call.options = {
+            name: view(whole[name]) if whole[name].shape == base.shape and name in viewed else option
+            for name, option in seen.options.items()
+        }
         check_against_reference(variant, call, "sum", view)
 
 
@@ -293,7 +295,7 @@ def test_transforms(variant: Variant, reduction: str, transform: str) -> None:
     apply = TRANSFORMS[transform]
     assert_trees_near(
         apply(call.bind(variant.loss.function, reduction=reduction), call),
-        apply(call.bind(variant.loss.torch_function, reduction=reduction), call),
+        apply(call.bind(variant.torch_function, reduction=reduction), call),
     )
 
 
@@ -329,7 +331,7 @@ def test_vmap(variant: Variant, reduction: str, transform: str, shape: tuple[int
             per_sample = BATCHED[transform](calls[0].bind(function, reduction=reduction))
             return vmap(per_sample, in_dims=dims)(*batch)
 
-        assert_trees_near(batched(variant.loss.function), batched(variant.loss.torch_function))
+        assert_trees_near(batched(variant.loss.function), batched(variant.torch_function))
 
 
 @each_variant
@@ -345,7 +347,7 @@ def test_third_order(variant: Variant, reduction: str) -> None:
             value = sum((g * g.detach().cos() + g.square()).sum() for g in gradients)
         return torch.autograd.grad(value, leaves)
 
-    for a, e in zip(third(variant.loss.function), third(variant.loss.torch_function), strict=True):
+    for a, e in zip(third(variant.loss.function), third(variant.torch_function), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
 
 
@@ -438,11 +440,11 @@ def test_not_the_last_op(variant: Variant, reduction: str) -> None:
 
     def model(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *t: (
-            (call.bind(function, reduction=reduction)(*(x * x for x in t)) ** 2).exp().mean().log()
+            call.bind(function, reduction=reduction)(*(x * x for x in t)).sin().exp().mean().log()
         )
 
     ours = value_and_gradients(model(variant.loss.function), call.leaves())
-    torchs = value_and_gradients(model(variant.loss.torch_function), call.leaves())
+    torchs = value_and_gradients(model(variant.torch_function), call.leaves())
     for a, e in zip(ours, torchs, strict=True):
         assert_near(a, e, scale=100)
 
@@ -499,7 +501,7 @@ def test_autocast(variant: Variant, reduction: str, dtype: torch.dtype) -> None:
     leaves = call.leaves()
     with torch.autocast(leaves[0].device.type, dtype=dtype):
         loss = call.bind(variant.loss.function, reduction=reduction)(*leaves)
-        torchs = call.bind(variant.loss.torch_function, reduction=reduction)(*call.tensors)
+        torchs = call.bind(variant.torch_function, reduction=reduction)(*call.tensors)
     exact = call.in_float64()
     assert loss.dtype == torch.float32
     if not (variant.loss is MSE and variant.weighted):  # torch composes that one from other ops
@@ -531,7 +533,7 @@ def test_autocast_leaves_float64_alone(variant: Variant) -> None:
     call = variant.make((7, 13), torch.float64)
     with torch.autocast(call.tensors[0].device.type, dtype=torch.bfloat16):
         loss = call.bind(variant.loss.function)(*call.tensors)
-        torchs = call.bind(variant.loss.torch_function)(*call.tensors)
+        torchs = call.bind(variant.torch_function)(*call.tensors)
     assert loss.dtype == torchs.dtype == torch.float64
 
 
@@ -541,9 +543,7 @@ def test_autocast_keeps_a_float64_operand(variant: Variant) -> None:
     call = variant.make((7, 13), torch.float64)
     for tensors in itertools.permutations((call.tensors[0].bfloat16(), call.tensors[1])):
         with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
-            ours, torchs = (
-                call.bind(f)(*tensors) for f in (variant.loss.function, variant.loss.torch_function)
-            )
+            ours, torchs = (call.bind(f)(*tensors) for f in (variant.loss.function, variant.torch_function))
         assert ours.dtype == torchs.dtype
 
 
@@ -736,20 +736,27 @@ def op_arguments() -> list[tuple[str, str, tuple[Any, ...]]]:
             )
         )
     x, y, w = torch.randn(6, 9), torch.randn(9, 6).T, torch.rand(6, 9)
-    for weight in (None, w):
-        name = "plain" if weight is None else "weight"
+    rows = (torch.rand(6, 1) < 0.5).expand(6, 9)
+    for name, weight, mask in (
+        ("plain", None, None),
+        ("weight", w, None),
+        ("mask", None, w < 0.5),
+        ("weight-mask", w, rows),
+    ):
         for reduction in (0, 1, 2):
-            cases.append((f"{name}-{reduction}", "mse_forward", (x, y, weight, reduction, None)))
-            cases.append((f"{name}-{reduction}", "mse_jvp", (x, y, weight, w, x, reduction, torch.float64)))
+            cases.append((f"{name}-{reduction}", "mse_forward", (x, y, weight, mask, reduction, None)))
+            cases.append(
+                (f"{name}-{reduction}", "mse_jvp", (x, y, weight, mask, w, x, reduction, torch.float64))
+            )
         for needs in ((True, True), (False, True), (True, False)):
             cases.append(
                 (
                     f"{name}-one-{needs}",
                     "mse_backward",
-                    (torch.ones(()), x, y, weight, torch.tensor(54.0).double(), *needs),
+                    (torch.ones(()), x, y, weight, mask, torch.tensor(54.0).double(), *needs),
                 )
             )
-        cases.append((f"{name}-each", "mse_backward", (x, x, y, weight, None, True, True)))
+        cases.append((f"{name}-each", "mse_backward", (x, x, y, weight, mask, None, True, True)))
     cases.append(("no tensors", "check_async_errors", ()))
     return cases
 
@@ -782,9 +789,16 @@ def test_signatures_are_torchs(loss: Loss) -> None:
     def parameters(function: Callable[..., Any]) -> list[tuple[Any, ...]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
-    assert parameters(loss.function) == parameters(loss.torch_function)
+    def torchs_and_more(ours: Callable[..., Any], torchs: Callable[..., Any]) -> bool:
+        """Whether all that is ours alone is optional and has to be named."""
+        more = parameters(ours)[len(parameters(torchs)) :]
+        return parameters(ours)[: len(parameters(torchs))] == parameters(torchs) and all(
+            kind is inspect.Parameter.KEYWORD_ONLY and default is None for _, kind, default in more
+        )
+
+    assert torchs_and_more(loss.function, loss.torch_function)
     assert parameters(loss.module) == parameters(loss.torch_module)
-    assert parameters(loss.module.forward) == parameters(loss.torch_module.forward)
+    assert torchs_and_more(loss.module.forward, loss.torch_module.forward)
     assert loss.function.__name__ == loss.torch_function.__name__
     assert loss.module.__name__ == loss.torch_module.__name__
 
@@ -896,9 +910,10 @@ def test_nothing_is_accepted_that_is_no_tensor(variant: Variant) -> None:
             broken[position] = wrong
             with pytest.raises(TypeError, match="to be a Tensor"):
                 variant.loss.function(*broken, **call.options)
-    for wrong in (1.0, [1.0], "x"):
+    names = {"weight", *(name for name, option in call.options.items() if isinstance(option, Tensor))}
+    for wrong, name in itertools.product((1.0, [1.0], "x"), sorted(names)):
         with pytest.raises(TypeError, match="to be a Tensor"):
-            variant.loss.function(*arguments, **{**call.options, "weight": wrong})
+            variant.loss.function(*arguments, **{**call.options, name: wrong})
 
 
 @each_variant
@@ -906,7 +921,7 @@ def test_nothing_is_accepted_that_is_no_tensor(variant: Variant) -> None:
 def test_bad_reduction(variant: Variant) -> None:
     call = variant.make((7, 13), torch.float32)
     for wrong in ("avg", "", "Mean", None, 1):
-        for function in (variant.loss.function, variant.loss.torch_function):
+        for function in (variant.loss.function, variant.torch_function):
             with pytest.raises(ValueError, match="reduction"):
                 call.bind(function, reduction=wrong)(*call.tensors)
         with pytest.raises(ValueError, match="is not a valid value for reduction"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lossops import cross_entropy, mse_loss
 from lossops.cross_entropy import cross_entropy_reference
+from lossops.mse import mse_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -49,6 +50,32 @@ def test_any_shape_layout_and_option(variant: Variant, data: st.DataObject) -> N
     expected = value_and_gradients(exact.bind(variant.loss.reference, reduction=reduction), exact.leaves())
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype) == (e.shape, dtype)
+        assert_near(a, e, scale=10)
+
+
+@given(data=st.data())
+def test_any_mask(data: st.DataObject) -> None:
+    """Masks that broadcast along any dimensions, in any memory order, with NaN where nothing counts."""
+    shape = tuple(data.draw(shapes, "shape"))
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    reduction = data.draw(st.sampled_from(["none", "mean", "sum"]), "reduction")
+    of_mask = tuple(n if data.draw(st.booleans(), "full") else 1 for n in shape)
+    of_mask = of_mask[data.draw(st.integers(0, len(shape)), "dimensions left out") :]
+    order = data.draw(st.permutations(range(len(of_mask))), "memory order of the mask")
+    torch.manual_seed(data.draw(st.integers(0, 1000), "seed"))
+    inverse = sorted(range(len(of_mask)), key=order.__getitem__)
+    share = data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), "share")
+    mask = (torch.rand(of_mask) < share).permute(order).contiguous().permute(inverse)
+    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    leaves = tuple(torch.where(mask, t, float("nan")).requires_grad_() for t in (x, y))
+    exact = tuple(t.double().requires_grad_() for t in (x, y))
+    loss = mse_loss(*leaves, reduction=reduction, mask=mask)
+    expected = mse_reference(*exact, reduction, mask=mask)
+    assert (loss.shape, loss.dtype) == (expected.shape, dtype)
+    assert_near(loss, expected)
+    for a, e in zip(
+        torch.autograd.grad(loss.sum(), leaves), torch.autograd.grad(expected.sum(), exact), strict=True
+    ):
         assert_near(a, e, scale=10)
 
 

@@ -17,24 +17,127 @@ struct Buffers {
   alignas(64) A input[kBlock], target[kBlock], weight[kBlock], extra[kBlock], other[kBlock];
 };
 
+// Of a run in which every element counts: there is nothing to choose.
+struct Everything {
+  template <class A>
+  LOSSOPS_INLINE A keep(int64_t, A x) const {
+    return x;
+  }
+};
+
+// Of a run in which some do: all bits set where an element counts, none elsewhere. Taken with a bitwise
+// and, which leaves 0 of a NaN too, and which every instruction set has for vectors.
+template <class A>
+struct Mask {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  const Bits* bits;
+
+  LOSSOPS_INLINE A keep(int64_t i, A x) const {
+    return bits_as<A>(bits_as<Bits>(x) & bits[i]);
+  }
+};
+
+// Spreads n bytes to all the bits of `out`; how many are not 0.
+template <class Bits>
+LOSSOPS_INLINE int64_t spread_bytes(const uint8_t* bytes, int64_t stride, int64_t n, Bits* __restrict out) {
+  if (stride == 0) {
+    std::fill(out, out + n, *bytes != 0 ? ~Bits(0) : Bits(0));
+    return *bytes != 0 ? n : 0;
+  }
+  Bits counted = 0;
+  if (stride == 1) {
+#pragma omp simd reduction(+ : counted)
+    for (int64_t i = 0; i < n; ++i) {
+      const Bits one = bytes[i] != 0;
+      out[i] = Bits(0) - one;
+      counted += one;
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const Bits one = bytes[i * stride] != 0;
+      out[i] = Bits(0) - one;
+      counted += one;
+    }
+  }
+  return static_cast<int64_t>(counted);
+}
+
+// The mask of the n elements from `begin` on, and how many of them count. Rows may be as short as two
+// elements: they are told apart as an odometer turns, without a division for each.
+template <class Bits>
+int64_t load_mask(const MSEProblem& a, int64_t begin, int64_t n, Bits* out) {
+  const auto& at = a.mask_elements;
+  const int last = at.dims - 1;
+  if (last < 0) return spread_bytes(a.mask, 0, n, out);
+  int64_t index[kMaxDims];
+  int64_t offset = 0;
+  for (int d = last; d >= 0; --d) {
+    index[d] = begin % at.size[d];
+    begin /= at.size[d];
+    offset += index[d] * at.stride[kMask][d];
+  }
+  int64_t counted = 0;
+  for (int64_t done = 0; done < n;) {
+    const int64_t run = std::min(n - done, at.size[last] - index[last]);
+    counted += spread_bytes(a.mask + offset, at.stride[kMask][last], run, out + done);
+    done += run;
+    index[last] += run;
+    offset += run * at.stride[kMask][last];
+    for (int d = last; d > 0 && index[d] == at.size[d]; --d) {
+      index[d] = 0;
+      offset += at.stride[kMask][d - 1] - at.size[d] * at.stride[kMask][d];
+      ++index[d - 1];
+    }
+  }
+  return counted;
+}
+
+// Calls some(o, n, mask) for the runs of [begin, end) in which elements count, none(o, n) for all others.
+template <class A, class Some, class None>
+LOSSOPS_INLINE void for_each_masked_run(const MSEProblem& a, int64_t begin, int64_t end, const Some& some,
+                                        const None& none) {
+  if (a.mask == nullptr)
+    return for_each_run(a.elements, begin, end, kBlock,
+                        [&](const int64_t* o, int64_t n) { some(o, n, Everything()); });
+  int64_t at = begin;
+  for_each_run(a.elements, begin, end, kBlock, [&](const int64_t* o, int64_t n) {
+    alignas(64) typename Mask<A>::Bits bits[kBlock];
+    const int64_t counted = load_mask(a, at, n, bits);
+    at += n;
+    if (counted == n)
+      some(o, n, Everything());
+    else if (counted > 0)
+      some(o, n, Mask<A>{bits});
+    else
+      none(o, n);
+  });
+}
+
 // Sums in double of short sums in A: exact enough whether or not the short ones are vectorised. Without
-// weights (null) each counts 1.
-template <class A, class F>
-LOSSOPS_INLINE void add_piecewise(int64_t n, const F& term, const A* w, double& sum, double& weight_sum) {
+// weights (null) each element that counts does so by 1.
+template <class A, class Counts, class F>
+LOSSOPS_INLINE void add_piecewise(int64_t n, const F& term, const A* w, Counts counts, double& sum,
+                                  double& weight_sum) {
   constexpr int64_t kPiece = 128;
   for (int64_t begin = 0; begin < n; begin += kPiece) {
     const int64_t end = std::min(n, begin + kPiece);
     A part = 0, weight_part = 0;
-    if (w == nullptr) {
+    if (w == nullptr && std::is_same_v<Counts, Everything>) {
 #pragma omp simd reduction(+ : part)
       for (int64_t i = begin; i < end; ++i) part += term(i);
       weight_part = static_cast<A>(end - begin);
     } else {
+      const auto add = [&](auto weight) {
 #pragma omp simd reduction(+ : part, weight_part)
-      for (int64_t i = begin; i < end; ++i) {
-        part += term(i);
-        weight_part += w[i];
-      }
+        for (int64_t i = begin; i < end; ++i) {
+          part += term(i);
+          weight_part += counts.keep(i, weight[i]);
+        }
+      };
+      if (w == nullptr)
+        add(Uniform<A>{1});
+      else
+        add(w);
     }
     sum += part;
     weight_sum += weight_part;
@@ -42,7 +145,18 @@ LOSSOPS_INLINE void add_piecewise(int64_t n, const F& term, const A* w, double& 
 }
 
 template <class A>
-void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, double& weight_sum) {
+void store_zeros(const MSEProblem& a, const Elements& t, MSEOperand k, const int64_t* o, int64_t n) {
+  if (t.data == nullptr) return;
+  alignas(64) A buffer[kBlock];
+  const int64_t stride = a.elements.inner_stride(k);
+  A* out = destination(t.dtype, t.data, o[k], stride, buffer);
+  std::fill(out, out + n, A(0));
+  store(t.dtype, out, t.data, o[k], stride, n);
+}
+
+template <class A, class Counts>
+void forward_run(const MSEForward& a, const int64_t* o, int64_t n, Counts counts, double& sum,
+                 double& weight_sum) {
   Buffers<A> b;
   const auto operand = [&](const Elements& t, MSEOperand k, A absent, A* buffer) {
     return load_operand(t, o[k], a.elements.inner_stride(k), n, absent, buffer);
@@ -51,10 +165,16 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, 
   const bool weighted = a.weight.data != nullptr;
   const A* w = weighted ? operand(a.weight, kWeight, 1, b.weight) : nullptr;
   if (a.reduction != Reduction::none && a.input_tangent.data == nullptr) {
+    const auto add = [&](auto weight) {
+      const auto loss = [&](int64_t i) {
+        return counts.keep(i, weight[i] * ((x[i] - y[i]) * (x[i] - y[i])));
+      };
+      add_piecewise(n, loss, w, counts, sum, weight_sum);
+    };
     if (weighted)
-      add_piecewise(n, [&](int64_t i) { return w[i] * ((x[i] - y[i]) * (x[i] - y[i])); }, w, sum, weight_sum);
+      add(w);
     else
-      add_piecewise(n, [&](int64_t i) { return (x[i] - y[i]) * (x[i] - y[i]); }, w, sum, weight_sum);
+      add(Uniform<A>{1});
     return;
   }
   const int64_t stride = a.elements.inner_stride(kOut);
@@ -66,24 +186,24 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, double& sum, 
   }
   if (a.input_tangent.data == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = w[i] * ((x[i] - y[i]) * (x[i] - y[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, w[i] * ((x[i] - y[i]) * (x[i] - y[i])));
   } else {
     const A* dx = operand(a.input_tangent, kInputTangent, 0, b.extra);
     alignas(64) A dy_buffer[kBlock];
     const A* dy = operand(a.target_tangent, kTargetTangent, 0, dy_buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = 2 * w[i] * (x[i] - y[i]) * (dx[i] - dy[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, 2 * w[i] * (x[i] - y[i]) * (dx[i] - dy[i]));
   }
   if (none) {
     store(a.out.dtype, out, a.out.data, o[kOut], stride, n);
     return;
   }
-  add_piecewise(n, [&](int64_t i) { return out[i]; }, w, sum, weight_sum);
+  add_piecewise(n, [&](int64_t i) { return out[i]; }, w, counts, sum, weight_sum);
 }
 
 // grad_input = 2*g*w*(x - y), grad_target its negative.
-template <class A>
-void backward_run(const MSEBackward& a, const int64_t* o, int64_t n) {
+template <class A, class Counts>
+void backward_run(const MSEBackward& a, const int64_t* o, int64_t n, Counts counts) {
   Buffers<A> b;
   const auto operand = [&](const Elements& t, MSEOperand k, A absent, A* buffer) {
     return load_operand(t, o[k], a.elements.inner_stride(k), n, absent, buffer);
@@ -103,7 +223,7 @@ void backward_run(const MSEBackward& a, const int64_t* o, int64_t n) {
     const A scale = sign * factor;
     const auto fill = [&](auto grad, auto weight) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = scale * grad[i] * weight[i] * (x[i] - y[i]);
+      for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, scale * grad[i] * weight[i] * (x[i] - y[i]));
     };
     const Uniform<A> one{1};
     if (g != nullptr && w != nullptr)
@@ -122,12 +242,20 @@ void backward_run(const MSEBackward& a, const int64_t* o, int64_t n) {
 
 template <class A>
 void forward_range(const MSEForward& a, int64_t begin, int64_t end, double& sum, double& weight_sum) {
-  for_each_run(a.elements, begin, end, kBlock,
-               [&](const int64_t* o, int64_t n) { forward_run<A>(a, o, n, sum, weight_sum); });
+  for_each_masked_run<A>(
+      a, begin, end,
+      [&](const int64_t* o, int64_t n, auto counts) { forward_run<A>(a, o, n, counts, sum, weight_sum); },
+      [&](const int64_t* o, int64_t n) {
+        if (a.reduction == Reduction::none) store_zeros<A>(a, a.out, kOut, o, n);
+      });
 }
 
 template <class A>
 void backward_range(const MSEBackward& a, int64_t begin, int64_t end) {
-  for_each_run(a.elements, begin, end, kBlock,
-               [&](const int64_t* o, int64_t n) { backward_run<A>(a, o, n); });
+  for_each_masked_run<A>(
+      a, begin, end, [&](const int64_t* o, int64_t n, auto counts) { backward_run<A>(a, o, n, counts); },
+      [&](const int64_t* o, int64_t n) {
+        store_zeros<A>(a, a.grad_input, kOut, o, n);
+        store_zeros<A>(a, a.grad_target, kOutTarget, o, n);
+      });
 }

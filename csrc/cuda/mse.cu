@@ -70,12 +70,60 @@ struct Flat {
   }
 };
 
+// Which elements count, a bit for each of N neighbours.
+class Mask {
+ public:
+  LOSSOPS_DEVICE explicit Mask(const MSEProblem& a) : bytes_(a.mask), elements_(a.mask_elements) {
+    contiguous_ = elements_.dims == 1 && elements_.inner_stride(kMask) == 1;
+  }
+
+  template <int N>
+  LOSSOPS_DEVICE unsigned bits(int64_t first) const {
+    unsigned bits = 0;
+    if (contiguous_) {
+      Bytes<N> bytes;
+      if (reinterpret_cast<uintptr_t>(bytes_ + first) % N == 0) {
+        bytes = *reinterpret_cast<const Bytes<N>*>(bytes_ + first);
+      } else {
+#pragma unroll
+        for (int k = 0; k < N; ++k) bytes.of[k] = bytes_[first + k];
+      }
+#pragma unroll
+      for (int k = 0; k < N; ++k) bits |= (bytes.of[k] != 0 ? 1u : 0u) << k;
+      return bits;
+    }
+    const int64_t inner = elements_.inner_size();
+#pragma unroll 1
+    for (int k = 0; k < N;) { // row by row: one division for each
+      int64_t offsets[kMaskOperands];
+      elements_.offsets(first + k, offsets);
+      const int64_t left = inner - (first + k) % inner;
+      const uint8_t* row = bytes_ + offsets[kMask];
+#pragma unroll 1
+      for (int64_t j = 0; j < left && k < N; ++j, ++k)
+        bits |= (row[j * elements_.inner_stride(kMask)] != 0 ? 1u : 0u) << k;
+    }
+    return bits;
+  }
+
+ private:
+  template <int N>
+  struct alignas(N) Bytes {
+    uint8_t of[N];
+  };
+
+  const uint8_t* bytes_;
+  const Positions<kMaskOperands>& elements_;
+  bool contiguous_;
+};
+
 struct Share {
   int64_t per_block; // elements
   int head;          // before the first 16-byte boundary
 };
 
 // Packs of each operand in flight before the first is used. kPlain: input and target are all there is.
+// kMasked: there is a mask too, and perhaps a weight.
 template <bool kPlain>
 constexpr int kUnroll = kPlain ? 2 : 1;
 
@@ -99,34 +147,39 @@ LOSSOPS_DEVICE void for_packs(int64_t count, const Share& share, const F& f) {
   if (blockIdx.x == 0 && threadIdx.x < share.head) f(Count<1>(), Count<1>(), int64_t{threadIdx.x}, count);
 }
 
-template <class F>
+// f(offsets, whether it counts) for the elements of this thread.
+template <bool kMasked, class F>
 LOSSOPS_DEVICE void for_each_element(const MSEProblem& a, const Share& share, const F& f) {
   const int64_t begin = int64_t{blockIdx.x} * share.per_block;
   const int64_t end = begin + share.per_block < a.elements.count ? begin + share.per_block : a.elements.count;
+  const Mask mask(a);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     Offsets o;
     a.elements.offsets(i, o.of);
-    f(o);
+    f(o, !kMasked || mask.bits<1>(i) != 0);
   }
 }
 
 // ---------------------------------------------------------------------------------------------
 // Kernels
 
-template <class T, class A, bool kPlain>
+template <class T, class A, bool kPlain, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_packs(const __grid_constant__ MSEForward a, const __grid_constant__ Share share, Sums* of_block) {
   const Flat<T, A> input(a, a.input, kInput), target(a, a.target, kTargetElement),
       weight(a, a.weight, kWeight), out(a, a.out, kOut);
+  const Mask mask(a);
   const bool none = a.reduction == Reduction::none;
   Sums sums;
   for_packs<T, kPlain>(a.elements.count, share, [&](auto unroll, auto width, int64_t first, int64_t end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
     typename Flat<T, A>::template Raw<kWidth> inputs[kCount] = {}, targets[kCount] = {}, weights[kCount] = {};
+    unsigned counts[kCount] = {};
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int64_t i = first + u * kThreads * kWidth;
       if (i >= end) continue;
+      if (kMasked) counts[u] = mask.bits<kWidth>(i);
       if (input.varies()) inputs[u] = input.template fetch<kWidth>(i);
       if (target.varies()) targets[u] = target.template fetch<kWidth>(i);
       if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth>(i);
@@ -147,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         loss[k] = w[k] * ((x[k] - y[k]) * (x[k] - y[k]));
+        if (kMasked && !(counts[u] >> k & 1)) loss[k] = w[k] = 0;
         loss_part += loss[k];
         weight_part += w[k];
       }
@@ -161,20 +215,21 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // Also the loss's derivative along a tangent.
-template <class A>
+template <class A, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_elements(const __grid_constant__ MSEForward a, const __grid_constant__ Share share,
                      Sums* of_block) {
   const bool jvp = a.input_tangent.data != nullptr;
   Sums sums;
-  for_each_element(a, share, [&](const Offsets& o) {
+  for_each_element<kMasked>(a, share, [&](const Offsets& o, bool counts) {
     const A difference =
         load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0);
-    const A w = load_element<A>(a.weight, kWeight, o, 1);
-    const A loss = jvp ? 2 * w * difference *
-                             (load_element<A>(a.input_tangent, kInputTangent, o, 0) -
-                              load_element<A>(a.target_tangent, kTargetTangent, o, 0))
-                       : w * (difference * difference);
+    A w = load_element<A>(a.weight, kWeight, o, 1);
+    A loss = jvp ? 2 * w * difference *
+                       (load_element<A>(a.input_tangent, kInputTangent, o, 0) -
+                        load_element<A>(a.target_tangent, kTargetTangent, o, 0))
+                 : w * (difference * difference);
+    if (!counts) loss = w = 0;
     if (a.reduction == Reduction::none) return store_any(a.out.dtype, a.out.data, o.of[kOut], loss);
     sums.add({static_cast<double>(loss), static_cast<double>(w)});
   });
@@ -188,22 +243,25 @@ LOSSOPS_DEVICE double divided(const MSEBackward& a, double grad) {
 }
 
 // grad_input = 2*g*w*(x - y), grad_target its negative.
-template <class T, class A, bool kPlain>
+template <class T, class A, bool kPlain, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_packs(const __grid_constant__ MSEBackward a, const __grid_constant__ Share share) {
   const Flat<T, A> input(a, a.input, kInput), target(a, a.target, kTargetElement),
       weight(a, a.weight, kWeight), grad_input(a, a.grad_input, kOut),
       grad_target(a, a.grad_target, kOutTarget), grad(a, a.grad, kGrad);
+  const Mask mask(a);
   const A factor =
       static_cast<A>(2 * divided(a, grad.one ? load_any<double>(a.grad.dtype, a.grad.data, 0) : 1.0));
   for_packs<T, kPlain>(a.elements.count, share, [&](auto unroll, auto width, int64_t first, int64_t end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
     using Raw = typename Flat<T, A>::template Raw<kWidth>;
     Raw inputs[kCount] = {}, targets[kCount] = {}, weights[kCount] = {}, grads[kCount] = {};
+    unsigned counts[kCount] = {};
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int64_t i = first + u * kThreads * kWidth;
       if (i >= end) continue;
+      if (kMasked) counts[u] = mask.bits<kWidth>(i);
       if (input.varies()) inputs[u] = input.template fetch<kWidth>(i);
       if (target.varies()) targets[u] = target.template fetch<kWidth>(i);
       if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth>(i);
@@ -226,7 +284,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (!kPlain && grad.varies())
         grad.template widen_raw<kWidth>(grads[u], 1, g); // else it is in the factor
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) g[k] = factor * g[k] * w[k] * (x[k] - y[k]);
+      for (int k = 0; k < kWidth; ++k) {
+        g[k] = factor * g[k] * w[k] * (x[k] - y[k]);
+        if (kMasked && !(counts[u] >> k & 1)) g[k] = 0;
+      }
       if (grad_input.data != nullptr) grad_input.store(i, g);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) g[k] = -g[k];
@@ -235,15 +296,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
   });
 }
 
-template <class A>
+template <class A, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_elements(const __grid_constant__ MSEBackward a, const __grid_constant__ Share share) {
   const double divisor = divided(a, 1.0);
-  for_each_element(a, share, [&](const Offsets& o) {
+  for_each_element<kMasked>(a, share, [&](const Offsets& o, bool counts) {
     const double grad = load_any<double>(a.grad.dtype, a.grad.data, o.of[kGrad]);
-    const A g = static_cast<A>(2 * (a.normalizer == nullptr ? grad : grad * divisor)) *
-                load_element<A>(a.weight, kWeight, o, 1) *
-                (load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0));
+    A g = static_cast<A>(2 * (a.normalizer == nullptr ? grad : grad * divisor)) *
+          load_element<A>(a.weight, kWeight, o, 1) *
+          (load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0));
+    if (!counts) g = 0;
     if (a.grad_input.data != nullptr) store_any(a.grad_input.dtype, a.grad_input.data, o.of[kOut], g);
     if (a.grad_target.data != nullptr)
       store_any(a.grad_target.dtype, a.grad_target.data, o.of[kOutTarget], -g);
@@ -326,6 +388,13 @@ void with_types(const MSEProblem& a, bool packs, const F& f) {
   f(Type<AnyType>(), Type<float>());
 }
 
+// f(kPlain, kMasked), each a std::bool_constant.
+template <class F>
+void with_extras(const MSEProblem& a, bool plain, const F& f) {
+  if (a.mask != nullptr) return f(std::false_type(), std::true_type());
+  with_flag(plain, [&](auto is_plain) { f(is_plain, std::false_type()); });
+}
+
 } // namespace
 
 int64_t workspace_bytes(const MSEForward& a) {
@@ -347,10 +416,13 @@ void launch(const MSEForward& a, void* workspace, void* stream_) {
       using T = typename decltype(element)::type;
       using A = typename decltype(accumulation)::type;
       if constexpr (std::is_same_v<T, AnyType>)
-        forward_elements<A><<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0), of_block);
+        with_flag(a.mask != nullptr, [&](auto masked) {
+          forward_elements<A, decltype(masked)::value>
+              <<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0), of_block);
+        });
       else
-        with_flag(a.weight.data == nullptr, [&](auto plain) {
-          forward_packs<T, A, decltype(plain)::value>
+        with_extras(a, a.weight.data == nullptr, [&](auto plain, auto masked) {
+          forward_packs<T, A, decltype(plain)::value, decltype(masked)::value>
               <<<blocks, kThreads, 0, stream>>>(a, share_of(a, head), of_block);
         });
     });
@@ -372,10 +444,13 @@ void launch(const MSEBackward& a, void*, void* stream_) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;
     if constexpr (std::is_same_v<T, AnyType>)
-      backward_elements<A><<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0));
+      with_flag(a.mask != nullptr, [&](auto masked) {
+        backward_elements<A, decltype(masked)::value><<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0));
+      });
     else
-      with_flag(a.weight.data == nullptr && one_grad, [&](auto plain) {
-        backward_packs<T, A, decltype(plain)::value><<<blocks, kThreads, 0, stream>>>(a, share_of(a, head));
+      with_extras(a, a.weight.data == nullptr && one_grad, [&](auto plain, auto masked) {
+        backward_packs<T, A, decltype(plain)::value, decltype(masked)::value>
+            <<<blocks, kThreads, 0, stream>>>(a, share_of(a, head));
       });
   });
   check_launch(op);
