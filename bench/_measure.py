@@ -39,6 +39,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # its other arguments
     speedup: float | None = None  # target for eager time / ours, forward + backward, CPU, 2 threads
     forward_speedup: float | None = None  # the same, forward only
+    eager: Loss | None = None  # what is written in torch where its loss lacks an option; else the module's
     plain: bool = False  # whether peers take it: (N, C), class indices, no option
 
     def bytes_moved(self, backward: bool) -> int:

@@ -114,6 +114,15 @@ def test_bytes_of_mse(bench):
     assert find(module, "float32 2^26").bytes_moved(backward=False) == 2 * 2**28
     assert find(module, "float32 2^26").bytes_moved(backward=True) == 2 * 2**28 + 3 * 2**28
     assert find(module, "float32 2^24 weight").bytes_moved(backward=True) == 3 * 2**26 + 4 * 2**26
+    assert find(module, "float32 2^24 mask").bytes_moved(backward=True) == 5 * 2**26 + 2 * 2**24
+
+
+def test_masked_mse_is_compared_with_what_computes_the_same(bench):
+    module = bench("mse")
+    case = module._case(1000, mask=True)
+    arguments = case.arguments(torch.device("cpu"))
+    torch.testing.assert_close(module.OURS(**arguments), case.eager(**arguments))
+    assert not torch.isclose(module.OURS(arguments["input"], arguments["target"]), case.eager(**arguments))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
