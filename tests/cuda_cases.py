@@ -570,6 +570,12 @@ def shared(dtype: torch.dtype) -> Iterator[Case]:
         "mse of several blocks",
         lambda: check_mse(torch.randn(9001).to(dtype), torch.randn(9001).to(dtype), reductions=(SUM,)),
     )
+    yield (
+        "masked mse of several blocks, shared",
+        lambda: check_mse(
+            *torch.randn(2, 90, 100).to(dtype), reductions=(SUM,), mask=torch.rand(90, 1) < 0.5
+        ),
+    )
 
 
 GROUPS = {f.__name__: f for f in (ways, mixed, every_remainder, edges, shared, second_derivatives, mse)}
