@@ -234,12 +234,13 @@ def describe(name: str) -> Kernel:
     if function == "join_slices":
         return Kernel((0, 3, 0, 0, 0, double), "cross-entropy, slices of rows joined", dtype, "a" * double)
     if function in ("forward_packs", "backward_packs"):
-        plain = words[numbers[0]]
-        text = f"MSE {function.split('_')[0]}, packs" + ("" if plain else ", weights")
-        return Kernel((1, function == "backward_packs", 0, not plain, 0, rank), text, dtype, "")
+        plain, masked = (words[number] for number in numbers)
+        text = f"MSE {function.split('_')[0]}, packs" + (", mask" if masked else "" if plain else ", weights")
+        return Kernel((1, function == "backward_packs", 0, not plain, masked, rank), text, dtype, "")
     if function in ("forward_elements", "backward_elements"):
-        text = f"MSE {function.split('_')[0]}, elements"
-        return Kernel((1, function == "backward_elements", 1, 0, 0, rank), text, dtype, "")
+        masked = words[numbers[0]]
+        text = f"MSE {function.split('_')[0]}, elements" + (", mask" if masked else "")
+        return Kernel((1, function == "backward_elements", 1, masked, 0, rank), text, dtype, "")
     if function == "reduce_blocks":
         return Kernel((2, 0, 0, 0, 0, 0), "both, sums of blocks added up", "any", "")
     raise ReportError(f"tests/cuda_report.py does not know the kernel {name}; add it to describe()")
@@ -334,6 +335,7 @@ class Case:
     shape: tuple[int, ...]
     offset: tuple[int, int] = (0, 0)  # elements from an aligned address, of the input and of the target
     probabilities: bool = False
+    mask: tuple[int, ...] = ()  # its shape, if there is one
     larger: str = ""
     times: int = 0
 
@@ -346,6 +348,8 @@ class Case:
             return torch.rand(offset + math.prod(self.shape)).to(dtype)[offset:].view(self.shape)
 
         input = draw(self.offset[0]).requires_grad_()
+        if self.mask:
+            return self.loss(input, draw(self.offset[1]), mask=torch.rand(self.mask) < 0.7)
         if self.loss.__name__ == "mse_loss" or self.probabilities:
             return self.loss(input, draw(self.offset[1]))
         classes = self.shape[1]
@@ -366,6 +370,7 @@ def cases() -> dict[str, Case]:
         "1 x 3 x 480 x 640, a larger image": Case(cross_entropy, (1, 3, 480, 640)),
         "64 x 4096, probabilities": Case(cross_entropy, (64, 4096), probabilities=True),
         "MSE, 2^20": Case(mse_loss, (many,), larger="MSE, 2^28", times=256),
+        "MSE, 2^20, a mask": Case(mse_loss, (many,), mask=(many,), larger="MSE, 2^28, a mask", times=256),
         "MSE, 2^20, both one element off": Case(mse_loss, (many,), offset=(1, 1)),
         "MSE, 2^20, the input one element off": Case(mse_loss, (many,), offset=(1, 0)),
     }

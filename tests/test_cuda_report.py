@@ -19,6 +19,7 @@ LIMITS = {
     "64 x 32767, rows unaligned": UNALIGNED,
     "64 x 32768, one element off": UNALIGNED,
     "MSE, 2^20": ALIGNED,
+    "MSE, 2^20, a mask": ALIGNED,
     "MSE, 2^20, both one element off": UNALIGNED,
 }
 # The gradient begins on a 16-byte boundary, and what it is the gradient of does not: no packs.
@@ -142,6 +143,16 @@ def test_page_has_every_table() -> None:
             "any, in float64",
         ),
         (
+            "void lossops::cuda::(anonymous namespace)::backward_packs<__half, float, false, true>(int)",
+            "MSE backward, packs, mask",
+            "float16",
+        ),
+        (
+            "void lossops::cuda::(anonymous namespace)::forward_elements<float, true>(int)",
+            "MSE forward, elements, mask",
+            "any, in float32",
+        ),
+        (
             "lossops::cuda::reduce_blocks(lossops::cuda::Sums const*, int, lossops::cuda::Result)",
             "both, sums of blocks added up",
             "any",
@@ -159,7 +170,7 @@ def test_unknown_kernel() -> None:
 
 @counted
 def test_spill_is_an_error() -> None:
-    name = "void lossops::cuda::(anonymous namespace)::forward_packs<float, float, true>(int)"
+    name = "void lossops::cuda::(anonymous namespace)::forward_packs<float, float, true, false>(int)"
     spilled = dict.fromkeys(cuda_report.ARCHITECTURES, Code(64, 256, 128, 8, {"STL": 1}))
     with pytest.raises(ReportError, match="spills to local memory on sm_80"):
         cuda_report.kernel_tables({name: spilled})
@@ -167,7 +178,7 @@ def test_spill_is_an_error() -> None:
 
 @counted
 def test_low_occupancy_wants_a_reason() -> None:
-    name = "void lossops::cuda::(anonymous namespace)::forward_packs<float, float, true>(int)"
+    name = "void lossops::cuda::(anonymous namespace)::forward_packs<float, float, true, false>(int)"
     crowded = dict.fromkeys(cuda_report.ARCHITECTURES, Code(128, 256, 128, 0, {}))
     with pytest.raises(ReportError, match="occupancy is 25%"):
         cuda_report.kernel_tables({name: crowded})
