@@ -492,7 +492,13 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
                 f"masked mse of {size} from {offset} of {width}",
                 lambda s=size, o=offset: masked((1, s), (1, s), o, o, (o * 3 + s) % 8),
             )
-    for rows, columns in ((67, 2), (67, 3), (13, width), (13, 2 * width + 1), (5, 2000)):
+        line = (1, 33 * width)
+        for start in (offset, width - offset):  # packs of elements and of bytes that begin together, or not
+            yield (
+                f"mse from {offset} of {width}, its mask from {start}",
+                lambda s=line, o=offset, m=start: masked(s, s, o, o, m),
+            )
+    for rows, columns in ((67, 2), (67, 3), (67, 5), (13, width), (13, 2 * width + 1), (5, 2000)):
         yield (
             f"mse with a mask of {rows} rows of {columns}",
             lambda r=rows, c=columns: masked((r, c), (r, 1), 0, 0, 0),
@@ -515,6 +521,13 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
         "mse with a strided mask",
         lambda: check_mse(
             torch.randn(37, 30).to(dtype), torch.randn(37, 30).to(dtype), mask=(torch.rand(30, 37) < 0.5).t()
+        ),
+    )
+
+    yield (
+        "mse with every other byte of a mask",
+        lambda: check_mse(
+            torch.randn(700).to(dtype), torch.randn(700).to(dtype), mask=(torch.rand(1400) < 0.5)[::2]
         ),
     )
 
