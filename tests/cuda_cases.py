@@ -448,7 +448,7 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
     other = OTHER[dtype]
 
     def flat(size: int, *offsets: int, second: torch.dtype = dtype, **more: Any) -> None:
-        x, y, w = (shifted(torch.randn(1, size).to(dtype), k)[0] for k in offsets)
+        x, y, w = (shifted((torch.randn(1, size) / 2).to(dtype), k)[0] for k in offsets)
         check_mse(x, y.to(second), **more)
         check_mse(x, y.to(second), w.abs() + 0.5, **more)
 
