@@ -10,14 +10,19 @@ from ._cuda import check_async_errors, cuda_build_info
 from .cross_entropy import CrossEntropyLoss
 from .functional import cross_entropy, mse_loss
 from .mse import MSELoss
+from .overrides import FusedLosses, disable, enable, fused_losses
 
 __all__ = [
     "CrossEntropyLoss",
+    "FusedLosses",
     "MSELoss",
     "__version__",
     "check_async_errors",
     "cross_entropy",
     "cuda_build_info",
+    "disable",
+    "enable",
     "functional",
+    "fused_losses",
     "mse_loss",
 ]
