@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+import lossops
+
 Loss = Callable[..., Tensor]
 Step = Callable[[], Tensor]
 
@@ -39,6 +41,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # its other arguments
     speedup: float | None = None  # target for eager time / ours, forward + backward, CPU, 2 threads
     forward_speedup: float | None = None  # the same, forward only
+    ours: Loss | None = None  # where a case is not of the module's own function
     eager: Loss | None = None  # what is written in torch where its loss lacks an option; else the module's
     plain: bool = False  # whether peers take it: (N, C), class indices, no option
 
@@ -146,6 +149,7 @@ class Cpu:
                 x.grad = None
                 gc.collect()
                 self._libc.malloc_trim(0)  # freed blocks that it holds on to would hide new ones
+                lossops.empty_cache()  # and so would those that lossops keeps
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
                 before = _proc_status("VmRSS")
                 step()

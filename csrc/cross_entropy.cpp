@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 
 namespace lossops {
 namespace {
@@ -71,8 +72,8 @@ class Operands {
     return {t.data_ptr(), dtype, class_stride};
   }
   // Allocates the gradients that are wanted; one that is not is an empty tensor.
-  template <class Device>
-  std::tuple<Tensor, Tensor> take_gradients(CrossEntropyBackward& call, bool need_logits, bool need_target) {
+  template <class Device, class Call>
+  std::tuple<Tensor, Tensor> take_gradients(Call& call, bool need_logits, bool need_target) {
     LOSSOPS_CHECK(!need_target || !index_target, op_,
                   ": expected need_target=False for class indices, which have no gradient");
     const auto gradient = [&](bool need, const Tensor& of, CrossEntropyOperand operand, ClassTensor& out) {
@@ -90,8 +91,49 @@ class Operands {
                      const std::optional<Tensor>& normalizer) {
     call.grad_loss = grad_loss_pointer(grad_loss);
     call.grad_loss_dtype = dtype_of(grad_loss, op_, "grad_loss");
-    problem_.stats = stats_pointer(stats);
+    stats_ = contiguous_planes(stats, stat_rows(), "stats");
+    problem_.stats = stats_.data_ptr();
     call.normalizer = normalizer_pointer(normalizer, logits, op_);
+  }
+
+  // What every call on row functions is given, before give().
+  void take_rows(CrossEntropyRowsProblem& call, const std::optional<Tensor>& scale_tensor, double scale,
+                 double softcap) {
+    LOSSOPS_CHECK_AS(ValueError, 0 <= softcap && softcap < std::numeric_limits<double>::infinity(), op_,
+                     ": expected softcap to be positive and finite, or 0 for none, got ", softcap);
+    call.scale = scale;
+    call.softcap = softcap;
+    call.scale_tensor = scalar_pointer(scale_tensor, "scale_tensor");
+  }
+
+  void take_rows_upstream(CrossEntropyRowsBackward& call, const Tensor& grad_rows, const Tensor& rows) {
+    const int64_t planes = rows.dim() > 0 ? rows.size(0) : 0;
+    LOSSOPS_CHECK(planes == kEntropy || planes == kPlanes, op_,
+                  ": expected the rows that cross_entropy_rows_forward returned, got a tensor of shape ",
+                  sizes_of(rows));
+    call.entropy = planes == kPlanes;
+    stats_ = contiguous_planes(rows, planes, "rows");
+    grad_rows_ = contiguous_planes(grad_rows, planes, "grad_rows");
+    problem_.stats = stats_.data_ptr();
+    call.grad_rows = grad_rows_.data_ptr();
+  }
+
+  // One value of the accumulation type, or null.
+  const void* scalar_pointer(const std::optional<Tensor>& t, const char* name) const {
+    if (!t) return nullptr;
+    LOSSOPS_CHECK(t->dim() == 0 && t->scalar_type() == accumulation(), op_, ": expected ", name,
+                  " to be a 0-d tensor of dtype ", torch::headeronly::toString(accumulation()),
+                  ", got shape ", sizes_of(*t), " of ", torch::headeronly::toString(t->scalar_type()));
+    check_same_device(*t, logits, op_, name);
+    return t->data_ptr();
+  }
+
+  // A value for each row, or `planes` of them.
+  template <class Device>
+  Tensor empty_rows(int64_t planes = 0) const {
+    Sizes shape = row_shape;
+    if (planes > 0) shape.insert_first(planes);
+    return large_empty<Device>(shape, accumulation(), logits);
   }
 
   ScalarType accumulation() const {
@@ -122,6 +164,19 @@ class Operands {
   }
 
  private:
+  Tensor contiguous_planes(const Tensor& t, int64_t planes, const char* name) const {
+    Sizes expected = row_shape;
+    expected.insert_first(planes);
+    LOSSOPS_CHECK(sizes_of(t) == expected && t.scalar_type() == accumulation(), op_, ": expected ", name,
+                  " as the forward returned it, of shape ", expected, " and dtype ",
+                  torch::headeronly::toString(accumulation()), ", got ", sizes_of(t), " of ",
+                  torch::headeronly::toString(t.scalar_type()));
+    check_same_device(t, logits, op_, name);
+    if (t.is_contiguous()) return t;
+    record_copy(name, "contiguous", t); // O(N): a transform moved the batch
+    return torch::stable::contiguous(t);
+  }
+
   // One upstream gradient for all rows (0-d: strides stay 0) or one a row.
   const void* grad_loss_pointer(const Tensor& grad) {
     LOSSOPS_CHECK(grad.dim() == 0 || sizes_of(grad) == row_shape, op_, ": expected grad_loss of shape () or ",
@@ -129,16 +184,6 @@ class Operands {
     check_same_device(grad, logits, op_, "grad_loss");
     set_strides(strides_of(grad), kGradLoss);
     return grad.data_ptr();
-  }
-  void* stats_pointer(const Tensor& t) {
-    Sizes expected = row_shape;
-    expected.insert_first(stat_rows());
-    LOSSOPS_CHECK(sizes_of(t) == expected && t.scalar_type() == accumulation(), op_,
-                  ": expected the stats that cross_entropy_forward returned, of shape ", expected, ", got ",
-                  sizes_of(t));
-    check_same_device(t, logits, op_, "stats");
-    stats_ = t.is_contiguous() ? t : torch::stable::contiguous(t); // O(N): a transform moved the batch
-    return stats_.data_ptr();
   }
   void check_index_target() {
     const Sizes got = sizes_of(target);
@@ -183,8 +228,13 @@ class Operands {
     check_same_device(*weight, logits, op_, "weight");
     dtype_of(*weight, op_, "weight");
     // C values against N x C logits: the kernels read them in the type they compute in.
-    if (weight->scalar_type() != accumulation()) weight = torch::stable::to(*weight, accumulation());
-    if (!weight->is_contiguous()) weight = torch::stable::contiguous(*weight);
+    if (weight->scalar_type() != accumulation()) {
+      record_copy("class weight", "in the type that the kernels compute in", *weight);
+      weight = torch::stable::to(*weight, accumulation());
+    }
+    if (weight->is_contiguous()) return;
+    record_copy("class weight", "contiguous", *weight);
+    weight = torch::stable::contiguous(*weight);
   }
 
   void lay_out_rows() {
@@ -206,7 +256,7 @@ class Operands {
   const char* op_;
   int64_t class_dim_ = 1;
   CrossEntropyProblem problem_;
-  Tensor stats_;
+  Tensor stats_, grad_rows_;
 };
 
 // Runs a call, and turns a class index out of range into an IndexError.
@@ -278,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
   Sizes stats_shape = operands.row_shape;
   stats_shape.insert_first(operands.stat_rows());
   Tensor loss = empty(call.reduction == Reduction::none ? operands.row_shape : Sizes{}, loss_dtype, logits);
-  Tensor stats = fresh<Device>(empty(stats_shape, operands.accumulation(), logits));
+  Tensor stats = large_empty<Device>(stats_shape, operands.accumulation(), logits);
   Tensor normalizer = empty({}, ScalarType::Double, logits);
   operands.give(call);
   call.loss = loss.data_ptr();
@@ -305,30 +355,102 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor grad_loss, Tensor logit
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward_backward(
-    Tensor tangent, Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
-    Tensor stats, int64_t ignore_index, double label_smoothing, bool need_logits, bool need_target) {
-  constexpr const char* op = "cross_entropy_backward_backward";
-  Operands operands(op, logits, target, weight, ignore_index, label_smoothing);
-  LOSSOPS_CHECK(sizes_of(tangent) == sizes_of(logits), op, ": expected tangent of the logits' shape ",
-                sizes_of(logits), ", got ", sizes_of(tangent));
-  check_same_device(tangent, logits, op, "tangent");
-  CrossEntropyBackwardBackward call;
-  const auto [grad_logits, grad_target] = operands.take_gradients<Device>(call, need_logits, need_target);
-  operands.take_upstream(call, grad_loss, stats, std::nullopt);
-  call.tangent = operands.class_tensor(tangent, kTangent, dtype_of(tangent, op, "tangent"));
-  Tensor row_dot = empty(operands.row_shape, operands.accumulation(), logits);
-  call.row_dot = row_dot.data_ptr();
+std::tuple<Tensor, Tensor> cross_entropy_rows_forward(Tensor logits, Tensor target,
+                                                      std::optional<Tensor> weight,
+                                                      std::optional<Tensor> scale_tensor, double scale,
+                                                      double softcap, int64_t ignore_index,
+                                                      double label_smoothing, bool entropy, bool predicted) {
+  Operands operands("cross_entropy", logits, target, weight, ignore_index, label_smoothing);
+  CrossEntropyRowsForward call;
+  operands.take_rows(call, scale_tensor, scale, softcap);
+  call.entropy = entropy;
+  Tensor rows = operands.empty_rows<Device>(call.planes());
+  Tensor largest = empty(predicted ? operands.row_shape : Sizes{0}, ScalarType::Long, logits);
   operands.give(call);
+  call.stats = rows.data_ptr();
+  if (predicted) call.predicted = static_cast<int64_t*>(largest.data_ptr());
   launch(Device{}, operands, call);
-  return {row_dot, grad_logits, grad_target};
+  return {rows, largest};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows_backward(
+    Tensor grad_rows, Tensor rows, Tensor logits, Tensor target, std::optional<Tensor> weight,
+    std::optional<Tensor> scale_tensor, double scale, double softcap, int64_t ignore_index,
+    double label_smoothing, bool need_logits, bool need_target, bool need_scale) {
+  Operands operands("cross_entropy_rows_backward", logits, target, weight, ignore_index, label_smoothing);
+  CrossEntropyRowsBackward call;
+  operands.take_rows(call, scale_tensor, scale, softcap);
+  const auto [grad_logits, grad_target] = operands.take_gradients<Device>(call, need_logits, need_target);
+  operands.take_rows_upstream(call, grad_rows, rows);
+  Tensor grad_scale =
+      need_scale ? operands.empty_rows<Device>() : empty({0}, operands.accumulation(), logits);
+  operands.give(call);
+  if (need_scale) call.grad_scale = grad_scale.data_ptr();
+  launch(Device{}, operands, call);
+  return {grad_logits, grad_target, grad_scale};
+}
+
+// The gradient of the logits takes their place.
+template <class Device>
+std::tuple<Tensor, Tensor> cross_entropy_rows_backward_(Tensor grad_rows, Tensor rows, Tensor logits,
+                                                        Tensor target, std::optional<Tensor> weight,
+                                                        std::optional<Tensor> scale_tensor, double scale,
+                                                        double softcap, int64_t ignore_index,
+                                                        double label_smoothing, bool need_target,
+                                                        bool need_scale) {
+  constexpr const char* op = "cross_entropy_rows_backward_";
+  Operands operands(op, logits, target, weight, ignore_index, label_smoothing);
+  CrossEntropyRowsBackward call;
+  operands.take_rows(call, scale_tensor, scale, softcap);
+  const auto [none, grad_target] = operands.take_gradients<Device>(call, false, need_target);
+  call.grad_logits = operands.class_tensor(logits, kGradLogits, dtype_of(logits, op, "logits"));
+  operands.take_rows_upstream(call, grad_rows, rows);
+  Tensor grad_scale =
+      need_scale ? operands.empty_rows<Device>() : empty({0}, operands.accumulation(), logits);
+  operands.give(call);
+  if (need_scale) call.grad_scale = grad_scale.data_ptr();
+  launch(Device{}, operands, call);
+  return {grad_target, grad_scale};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows_backward_backward(
+    std::optional<Tensor> tangent, std::optional<Tensor> scale_tangent, Tensor grad_rows, Tensor rows,
+    Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> scale_tensor,
+    double scale, double softcap, int64_t ignore_index, double label_smoothing, bool need_logits,
+    bool need_target, bool need_scale) {
+  constexpr const char* op = "cross_entropy_rows_backward_backward";
+  Operands operands(op, logits, target, weight, ignore_index, label_smoothing);
+  CrossEntropyRowsBackwardBackward call;
+  operands.take_rows(call, scale_tensor, scale, softcap);
+  const auto [grad_logits, grad_target] = operands.take_gradients<Device>(call, need_logits, need_target);
+  operands.take_rows_upstream(call, grad_rows, rows);
+  if (tangent) {
+    LOSSOPS_CHECK(sizes_of(*tangent) == sizes_of(logits), op, ": expected tangent of the logits' shape ",
+                  sizes_of(logits), ", got ", sizes_of(*tangent));
+    check_same_device(*tangent, logits, op, "tangent");
+    call.tangent = operands.class_tensor(*tangent, kTangent, dtype_of(*tangent, op, "tangent"));
+  }
+  call.scale_tangent = operands.scalar_pointer(scale_tangent, "scale_tangent");
+  Tensor grad_scale =
+      need_scale ? operands.empty_rows<Device>() : empty({0}, operands.accumulation(), logits);
+  Tensor row_dots = operands.empty_rows<Device>(call.planes());
+  operands.give(call);
+  if (need_scale) call.grad_scale = grad_scale.data_ptr();
+  call.row_dots = row_dots.data_ptr();
+  launch(Device{}, operands, call);
+  return {row_dots, grad_logits, grad_target, grad_scale};
 }
 
 template <class Device, class Library>
 void implement(Library& m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward<Device>));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward<Device>));
-  m.impl("cross_entropy_backward_backward", TORCH_BOX(&cross_entropy_backward_backward<Device>));
+  m.impl("cross_entropy_rows_forward", TORCH_BOX(&cross_entropy_rows_forward<Device>));
+  m.impl("cross_entropy_rows_backward", TORCH_BOX(&cross_entropy_rows_backward<Device>));
+  m.impl("cross_entropy_rows_backward_", TORCH_BOX(&cross_entropy_rows_backward_<Device>));
+  m.impl("cross_entropy_rows_backward_backward", TORCH_BOX(&cross_entropy_rows_backward_backward<Device>));
 }
 
 LOSSOPS_IMPLEMENT(implement)

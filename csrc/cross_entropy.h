@@ -72,19 +72,77 @@ struct CrossEntropyBackward : CrossEntropyProblem {
   bool* bad_target = nullptr;         // as in the forward
 };
 
-// Derivative of grad_logits along `tangent` v, with the vector products that double backward needs:
-//   row_dot     = sum_c v_c*(S*softmax_c - t_c)            (to grad_loss)
-//   grad_logits = g*S*softmax_c*(v_c - sum_k v_k*softmax_k)
-//   grad_target = g*(1-eps)*w_c*(sum_k v_k*softmax_k - v_c)
-struct CrossEntropyBackwardBackward : CrossEntropyBackward {
-  ClassTensor tangent;
-  void* row_dot = nullptr; // (rows) in the accumulation type
+// ---------------------------------------------------------------------------------------------
+// Row functions: what every option beyond torch's is put together from, in O(N) arithmetic outside the
+// kernels (lossops/cross_entropy.py). With u_c = scale*z_c, or cap*tanh(scale*z_c/cap), p = softmax(u),
+// l_c = log p_c, and everything relative to the row's largest u:
+enum CrossEntropyPlane {
+  kMax,          // m, the largest u; a constant to the derivatives, for the others are relative to it
+  kLogSum,       // log sum exp(u_c - m)
+  kTargetSum,    // S = sum_c t_c
+  kDot,          // sum_c t_c*(u_c - m)
+  kPicked,       // u_y - m of a class index y; 0 for probabilities
+  kTargetWeight, // w_y of a class index, 1 for probabilities (0 without classes): what a mean divides by
+  kEntropy,      // -sum_c p_c*l_c: only where it is asked for
+  kPlanes
+};
+// An ignored row is not read: zeros in all planes, predicted -1. Where m is -inf, u is taken relative to 0.
+
+struct CrossEntropyRowsProblem : CrossEntropyProblem { // stats: (planes(), rows) in the accumulation type
+  double scale = 1;
+  const void* scale_tensor = nullptr; // one element of the accumulation type that replaces `scale`, or null
+  double softcap = 0;                 // 0: none
+  bool entropy = false;
+  bool* bad_target = nullptr; // as in the forward
+
+  LOSSOPS_HOST_DEVICE int planes() const {
+    return entropy ? kPlanes : kEntropy;
+  }
+  LOSSOPS_HOST_DEVICE bool transforms() const {
+    return scale != 1 || scale_tensor != nullptr || softcap != 0;
+  }
+};
+
+struct CrossEntropyRowsForward : CrossEntropyRowsProblem {
+  // (rows): the first class of the largest u, as torch.argmax has it (NaN is the largest); or null
+  int64_t* predicted = nullptr;
+};
+
+// With the gradients g of the planes (that of kMax and kTargetWeight is not looked at), s the scale and
+// f_c = du_c/dz_c = s*d_c, d_c = 1 - (u_c/cap)^2 (1 without a cap):
+//   G_c         = p_c*(g_LogSum - g_Entropy*(l_c + Entropy)) + g_Dot*t_c + g_Picked*[c = y]
+//   grad_logits = f_c*G_c
+//   grad_target = (1-eps)*w_c*(g_TargetSum + g_Dot*(u_c - m))
+//   grad_scale  = sum_c G_c*z_c*d_c
+// A row whose gradients are all 0 gives zeros, whatever its logits are.
+struct CrossEntropyRowsBackward : CrossEntropyRowsProblem {
+  const void* grad_rows = nullptr; // like stats
+  ClassTensor grad_logits;         // data may be null, or the logits' own with their strides
+  ClassTensor grad_target;         // probabilities only; data may be null
+  void* grad_scale = nullptr;      // (rows) in the accumulation type, or null
+};
+
+// Derivatives of L = sum_c v_c*grad_logits_c + tau*grad_scale = sum_c h_c*G_c, h_c = v_c*f_c + tau*z_c*d_c:
+//   row_dots    = dL/dg: LogSum sum p_c*h_c =: M, Dot sum t_c*h_c, Picked h_y,
+//                 Entropy -sum p_c*h_c*(l_c + Entropy) =: -K; 0 elsewhere
+//   q_c         = dL/du_c through G
+//               = p_c*(g_LogSum*(h_c - M) - g_Entropy*(h_c*(l_c + Entropy + 1) - K - M*(l_c + Entropy + 1)))
+//   b_c         = (v_c*s + tau*z_c)*(-2*u_c*d_c/cap^2), which d_c has to say: 0 without a cap
+//   grad_logits = f_c*q_c + G_c*(tau*d_c + b_c*s)
+//   grad_scale  = sum_c z_c*d_c*q_c + G_c*(v_c*d_c + b_c*z_c)
+//   grad_target = g_Dot*(1-eps)*w_c*h_c
+struct CrossEntropyRowsBackwardBackward : CrossEntropyRowsBackward {
+  ClassTensor tangent;                 // v; data may be null: 0
+  const void* scale_tangent = nullptr; // tau: one element of the accumulation type, or null: 0
+  void* row_dots = nullptr;            // like stats
 };
 
 namespace cpu {
 void launch(const CrossEntropyForward&);
 void launch(const CrossEntropyBackward&);
-void launch(const CrossEntropyBackwardBackward&);
+void launch(const CrossEntropyRowsForward&);
+void launch(const CrossEntropyRowsBackward&);
+void launch(const CrossEntropyRowsBackwardBackward&);
 } // namespace cpu
 
 namespace cuda {
@@ -92,13 +150,17 @@ namespace cuda {
 // Device memory that a call needs beside its operands.
 int64_t workspace_bytes(const CrossEntropyForward&);
 int64_t workspace_bytes(const CrossEntropyBackward&);
-int64_t workspace_bytes(const CrossEntropyBackwardBackward&);
+int64_t workspace_bytes(const CrossEntropyRowsForward&);
+int64_t workspace_bytes(const CrossEntropyRowsBackward&);
+int64_t workspace_bytes(const CrossEntropyRowsBackwardBackward&);
 
 // On the current device and this cudaStream_t; returns before the kernels have run. `bad_target` is not
 // used: a class index out of range makes its row NaN and is recorded for take_bad_target.
 void launch(const CrossEntropyForward&, void* workspace, void* stream);
 void launch(const CrossEntropyBackward&, void* workspace, void* stream);
-void launch(const CrossEntropyBackwardBackward&, void* workspace, void* stream);
+void launch(const CrossEntropyRowsForward&, void* workspace, void* stream);
+void launch(const CrossEntropyRowsBackward&, void* workspace, void* stream);
+void launch(const CrossEntropyRowsBackwardBackward&, void* workspace, void* stream);
 
 struct BadTarget {
   int64_t row; // in the logical order of the rows

@@ -22,6 +22,13 @@
 #include "cuda/runtime.h"
 #endif
 
+// Of torch 2.11 and later: null in an older one, as weak symbols are that nobody defines.
+extern "C" __attribute__((weak)) AOTITorchError
+torch_from_blob(void* data, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+                int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+
 namespace lossops {
 
 struct Cpu {
@@ -29,8 +36,30 @@ struct Cpu {
   static void launch(const Call& call, const Tensor&) {
     cpu::launch(call);
   }
-  static void before_first_touch(void* data, int64_t bytes) {
-    cpu::use_huge_pages(data, bytes);
+
+  // Large tensors on pages of our own, whose storage torch cannot resize.
+  static Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype,
+                              const Tensor& like) {
+    int64_t bytes = element_size(dtype);
+    for (const int64_t size : sizes) bytes *= size;
+    const bool large = bytes >= cpu::kLargeBytes && torch_from_blob != nullptr;
+    const cpu::Pages pages = large ? cpu::take_pages(bytes) : cpu::Pages{};
+    if (pages.data == nullptr) {
+      Tensor t = lossops::empty_strided(sizes, strides, dtype, like);
+      cpu::use_huge_pages(t.mutable_data_ptr(), bytes);
+      return t;
+    }
+    const auto give = [](void* data, void* size) {
+      cpu::give_pages({data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size))});
+    };
+    AtenTensorHandle handle;
+    const AOTITorchError code =
+        torch_from_blob(pages.data, sizes.size(), sizes.data(), strides.data(), 0, shim_dtype(dtype),
+                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+                        give, reinterpret_cast<void*>(static_cast<intptr_t>(pages.bytes)));
+    if (code != AOTI_TORCH_SUCCESS) cpu::give_pages(pages);
+    STABLE_TORCH_ERROR_CODE_CHECK(code);
+    return Tensor(handle);
   }
 };
 
@@ -92,7 +121,10 @@ struct Cuda {
     if (bytes > 0) workspace = empty({bytes}, ScalarType::Byte, like);
     cuda::launch(call, workspace ? workspace->mutable_data_ptr() : nullptr, here.stream());
   }
-  static void before_first_touch(void*, int64_t) {}
+  static Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype,
+                              const Tensor& like) {
+    return lossops::empty_strided(sizes, strides, dtype, like);
+  }
 };
 
 #endif

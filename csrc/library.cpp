@@ -8,7 +8,8 @@
 #define LOSSOPS_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 
 // reduction: 0 none, 1 mean, 2 sum. Where a gradient is not needed, its result is an empty tensor.
-// `stats` and `normalizer` are what the forward leaves for the backward ops.
+// `stats` and `normalizer` are what the forward leaves for the backward ops; `rows` are the row functions of
+// cross_entropy.h, in planes.
 LOSSOPS_LIBRARY(LOSSOPS_NAMESPACE, m) {
   m.def(
       "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
@@ -18,10 +19,26 @@ LOSSOPS_LIBRARY(LOSSOPS_NAMESPACE, m) {
       "Tensor? normalizer, int ignore_index, float label_smoothing, bool need_logits, bool need_target) "
       "-> (Tensor grad_logits, Tensor grad_target)");
   m.def(
-      "cross_entropy_backward_backward(Tensor tangent, Tensor grad_loss, Tensor logits, Tensor target, "
-      "Tensor? weight, Tensor stats, int ignore_index, float label_smoothing, bool need_logits, bool "
-      "need_target) "
-      "-> (Tensor row_dot, Tensor grad_logits, Tensor grad_target)");
+      "cross_entropy_rows_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? scale_tensor, float "
+      "scale, "
+      "float softcap, int ignore_index, float label_smoothing, bool entropy, bool predicted) "
+      "-> (Tensor rows, Tensor predicted)");
+  m.def(
+      "cross_entropy_rows_backward(Tensor grad_rows, Tensor rows, Tensor logits, Tensor target, "
+      "Tensor? weight, Tensor? scale_tensor, float scale, float softcap, int ignore_index, "
+      "float label_smoothing, bool need_logits, bool need_target, bool need_scale) "
+      "-> (Tensor grad_logits, Tensor grad_target, Tensor grad_scale)");
+  m.def(
+      "cross_entropy_rows_backward_(Tensor grad_rows, Tensor rows, Tensor(a!) logits, Tensor target, "
+      "Tensor? weight, Tensor? scale_tensor, float scale, float softcap, int ignore_index, "
+      "float label_smoothing, bool need_target, bool need_scale) "
+      "-> (Tensor grad_target, Tensor grad_scale)");
+  m.def(
+      "cross_entropy_rows_backward_backward(Tensor? tangent, Tensor? scale_tangent, Tensor grad_rows, "
+      "Tensor rows, Tensor logits, Tensor target, Tensor? weight, Tensor? scale_tensor, float scale, "
+      "float softcap, int ignore_index, float label_smoothing, bool need_logits, bool need_target, "
+      "bool need_scale) "
+      "-> (Tensor row_dots, Tensor grad_logits, Tensor grad_target, Tensor grad_scale)");
   m.def(
       "mse_forward(Tensor input, Tensor target, Tensor? weight, Tensor? mask, int reduction, "
       "ScalarType? out_dtype) -> (Tensor loss, Tensor normalizer)");

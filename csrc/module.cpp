@@ -6,11 +6,15 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cross_entropy.h"
 #include "mse.h"
+#include "trace.h"
 #ifdef LOSSOPS_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -117,6 +121,13 @@ std::optional<std::pair<std::string, std::string>> cuda_build_info() {
 #endif
 }
 
+// (what, how, device, amount) of every entry; see trace.h.
+std::vector<std::tuple<std::string, std::string, std::string, int64_t>> trace_entries() {
+  std::vector<std::tuple<std::string, std::string, std::string, int64_t>> entries;
+  for (const TraceEntry& e : stop_trace()) entries.emplace_back(e.what, e.how, e.device, e.amount);
+  return entries;
+}
+
 } // namespace
 } // namespace lossops
 
@@ -129,6 +140,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_isa, "Chooses one of available_cpu_isas() for all later calls.");
   m.def("available_cpu_isas", &available_isas,
         "The instruction sets built in that this processor has, best first.");
+  m.def("start_trace", &start_trace, "Records launches and copies from now on, for lossops.explain.");
+  m.def("stop_trace", &trace_entries, "What was recorded: (what, how, device, amount) each.");
+  m.def("empty_cache", &release_pages, "Returns the pages kept for gradients to the system.");
   m.def("cuda_build_info", &cuda_build_info, "The CUDA toolkit and architectures built in, or None.");
   m.def("small_cross_entropy_forward", &small_cross_entropy_forward);
   m.def("small_cross_entropy_backward", &small_cross_entropy_backward);

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "layout.h"
+#include "trace.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name until torch 2.12
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -174,12 +175,27 @@ inline void check_same_device(const Tensor& t, const Tensor& reference, const ch
       op, ": expected ", name, " on ", device_of(reference), ", got ", device_of(t));
 }
 
+// torch's own numbers of dtypes.
+inline int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+inline int64_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Float: return 4;
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    default: return 1;
+  }
+}
+
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like) {
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, device_type_of(like),
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               shim_dtype(dtype), device_type_of(like), like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -197,20 +213,22 @@ inline Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
   return empty_strided(sizes, contiguous_strides(sizes), dtype, like);
 }
 
-// Lets the device prepare a tensor that nothing has touched yet.
+// Memory for a tensor of an input's size or for each of its rows, from where the device has it readiest.
 template <class Device>
-Tensor fresh(Tensor t) {
-  Device::before_first_touch(t.mutable_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
-  return t;
+Tensor large_empty(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  return Device::empty_strided(sizes, contiguous_strides(sizes), dtype, like);
 }
 
 // A result with an element for each of t's: t's own strides where they are dense, as torch does.
 template <class Device>
 Tensor empty_elementwise(const Tensor& t, ScalarType dtype) {
-  if (t.is_contiguous()) return fresh<Device>(empty(sizes_of(t), dtype, t));
-  const Tensor like = torch::stable::empty_like(t);
-  return fresh<Device>(dtype == t.scalar_type() ? like
-                                                : empty_strided(sizes_of(like), strides_of(like), dtype, t));
+  if (t.is_contiguous()) return large_empty<Device>(sizes_of(t), dtype, t);
+  return Device::empty_strided(sizes_of(t), strides_of(torch::stable::empty_like(t)), dtype, t);
+}
+
+// For lossops.explain: what an op copies before its kernel can read it.
+inline void record_copy(const char* name, const char* why, const Tensor& t) {
+  if (tracing()) record({name, why, "copy", t.numel() * static_cast<int64_t>(t.element_size())});
 }
 
 // The divisor of a mean that the forward returned, or null.

@@ -6,14 +6,18 @@ take the place of their namesakes in ``torch.nn.functional`` and ``torch.nn``.
 
 from . import functional
 from ._C import __version__
+from ._cpu import empty_cache
 from ._cuda import check_async_errors, cuda_build_info
-from .cross_entropy import CrossEntropyLoss
+from ._explain import Explanation, explain
+from .cross_entropy import CrossEntropyLoss, CrossEntropyMetrics
 from .functional import cross_entropy, mse_loss
 from .mse import MSELoss
 from .overrides import FusedLosses, disable, enable, fused_losses
 
 __all__ = [
     "CrossEntropyLoss",
+    "CrossEntropyMetrics",
+    "Explanation",
     "FusedLosses",
     "MSELoss",
     "__version__",
@@ -21,7 +25,9 @@ __all__ = [
     "cross_entropy",
     "cuda_build_info",
     "disable",
+    "empty_cache",
     "enable",
+    "explain",
     "functional",
     "fused_losses",
     "mse_loss",

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn import _reduction
 
+from ._explain import note
+
 NONE, MEAN, SUM = 0, 1, 2
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -30,7 +32,7 @@ def reduction_code(reduction: str, size_average: bool | None, reduce: bool | Non
 
 def run(
     eager: type[Function],
-    general: type[Function],
+    general: Callable[..., Tensor],
     op: Callable[..., Any],
     tensors: tuple[Tensor, ...],
     args: Any,
@@ -44,7 +46,7 @@ def run(
     if torch.compiler.is_compiling():
         return eager.apply(*args)
     if is_transformed():
-        return general.apply(*args)[0]
+        return general(*args)
     for tensor in tensors:
         if tensor.requires_grad and torch.is_grad_enabled():
             if any(map(_is_dead_wrapper, tensors)):  # as Function.apply does; rare
@@ -142,6 +144,18 @@ def divide(x: Tensor, normalizer: Tensor | None) -> Tensor:
     return x if normalizer is None else (x.double() / normalizer).to(x.dtype)
 
 
+def ordered_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of all elements, the same bits for every number of threads: torch shares one long sum out over
+    its threads, but of many short ones it gives each to one thread."""
+    x = x.reshape(-1)
+    block, longest = 4096, 32768  # torch's own grain is the longest sum that one thread does alone
+    if torch.compiler.is_compiling() or x.numel() <= longest:
+        return x.sum(dtype=dtype)
+    whole = x.numel() // block * block
+    blocks = x[:whole].view(-1, block).sum(1, dtype=dtype)
+    return ordered_sum(blocks, dtype) + x[whole:].sum(dtype=dtype)
+
+
 class Combine(Function):
     """``scale * sum(terms)``, summed over all elements if asked, over `normalizer`, in `dtype`.
 
@@ -187,6 +201,7 @@ class Combine(Function):
 
 def vmap_by_loop(function: type[Function], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """The batching rule for arguments that cannot be folded into the rows: one call a sample."""
+    note(f"vmap calls {function.__name__} once for each of {info.batch_size} samples")
     results = []
     for i in range(info.batch_size):
         results.append(

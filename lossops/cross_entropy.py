@@ -1,29 +1,34 @@
-"""Softmax cross-entropy: reference, ops' meta implementations, autograd, function, module.
+"""Softmax cross-entropy: reference, ops' meta implementations, autograd, functions, module.
 
 For a row of logits ``z`` with target weights ``t`` and ``S = sum_c t_c``::
 
-    loss       = S * logsumexp(z) - sum_c t_c * z_c
-    dloss/dz_c = S * softmax(z)_c - t_c
+    u      = z, or scale*z, or cap*tanh(scale*z/cap)
+    lse    = logsumexp(u)
+    loss   = S*lse - sum_c t_c*u_c + z_loss*lse^2
+    dloss/du_c = S*softmax(u)_c - t_c + 2*z_loss*lse*softmax(u)_c
 
 where ``t_c = w_c * ((1 - eps) * onehot_c + eps / C)`` for a class index and
-``t_c = w_c * ((1 - eps) * p_c + eps / C)`` for class probabilities. The kernels are in
-``csrc/cpu/cross_entropy.inl``; ``csrc/cross_entropy.h`` says what they compute.
+``t_c = w_c * ((1 - eps) * p_c + eps / C)`` for class probabilities. torch's own loss is one call of the
+kernels forward and one backward; every option beyond it is put together from a row's functions
+(``_rows.py``). The kernels are in ``csrc/cpu`` and ``csrc/cuda``; ``csrc/cross_entropy.h`` says what they
+compute.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _C
+from . import _C, _rows
 from ._autograd import (
+    KERNEL_DTYPES,
     MEAN,
     NONE,
-    Combine,
     accumulation,
     autocast_dtype,
     bare_apply,
@@ -31,61 +36,32 @@ from ._autograd import (
     differentiates_backward,
     divide,
     explain_bad_input,
+    is_transformed,
     may_be_differentiated,
+    ordered_sum,
     promote,
     reduction_code,
     run,
-    vmap_by_loop,
+)
+from ._explain import note
+from ._rows import (
+    NO_WEIGHT_DERIVATIVE,
+    RowsBackward,
+    class_dim,
+    per_class,
+    row_functions,
+    row_shape,
+    target_weights_reference,
+    transform_reference,
 )
 from ._small import empty_scalar, is_small, takes_small_gradient
 
 _forward = torch.ops.lossops.cross_entropy_forward.default
 _backward = torch.ops.lossops.cross_entropy_backward.default
-_backward_backward = torch.ops.lossops.cross_entropy_backward_backward.default
-
-# Class probabilities have no ignored rows; the ops want an ignore_index that says so.
-_NO_IGNORE = -100
-
-_NO_WEIGHT_DERIVATIVE = (
-    "cross_entropy: is not differentiable with respect to argument 'weight' for class indices. "
-    "This input cannot have requires_grad True."
-)
 
 
 # --------------------------------------------------------------------------------------------------
 # Reference
-
-
-def _class_dim(logits: Tensor) -> int:
-    return 0 if logits.dim() == 1 else 1
-
-
-def _per_class(weight: Tensor, logits: Tensor) -> Tensor:
-    shape = [1] * logits.dim()
-    shape[_class_dim(logits)] = -1
-    return weight.view(shape)
-
-
-def _target_weights(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """t_c in the shape of the logits, and the weight of each row's target class (0 if ignored)."""
-    dim = _class_dim(logits)
-    classes = logits.size(dim)
-    w = torch.ones(classes, dtype=logits.dtype, device=logits.device) if weight is None else weight
-    w = w.to(logits.dtype)
-    if target.shape == logits.shape:
-        rows = torch.ones_like(logits.select(dim, 0)) if classes else logits.sum(dim)
-        t = _per_class(w, logits) * ((1 - label_smoothing) * target + label_smoothing / classes)
-        return t, rows
-    if logits.dim() == 1:
-        target = target.reshape(())
-    target = target.long()  # or a narrow target would meet ignore_index modulo its own range
-    counted = target != ignore_index
-    index = target.where(counted, 0)
-    onehot = torch.zeros_like(logits).scatter(dim, index.unsqueeze(dim), 1.0)
-    t = _per_class(w, logits) * ((1 - label_smoothing) * onehot + label_smoothing / classes)
-    return t * counted.unsqueeze(dim), w[index] * counted
 
 
 def cross_entropy_reference(
@@ -95,95 +71,53 @@ def cross_entropy_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    empty: str = "nan",
 ) -> Tensor:
     """Cross-entropy in plain PyTorch: what the kernels compute, written to be read.
 
     The tests' oracle, differentiable by autograd; takes what :func:`cross_entropy` takes.
     """
-    dim = _class_dim(input)
-    t, row_weight = _target_weights(input, target, weight, ignore_index, label_smoothing)
-    log_softmax = input - input.logsumexp(dim, keepdim=True)
+    dim = class_dim(input)
+    u = transform_reference(input, logit_scale, softcap or 0.0)
+    t, target_weight = target_weights_reference(u, target, weight, ignore_index, label_smoothing)
+    lse = u.logsumexp(dim)
+    log_softmax = u - lse.unsqueeze(dim)
     # A term of weight 0 adds 0, even where the log-probability is -inf.
     loss = -(t * log_softmax.masked_fill(t == 0, 0)).sum(dim)
+    if z_loss:
+        counted = target.reshape(loss.shape) != ignore_index if target.shape != input.shape else True
+        loss = loss + (z_loss * lse.square()).where(torch.as_tensor(counted), 0)
+    if row_weight is not None:
+        row_weight = row_weight.reshape(loss.shape)
+        loss = loss.masked_fill((row_weight == 0) & ~loss.isfinite(), 0) * row_weight
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / row_weight.sum()
-
-
-def _backward_backward_reference(
-    tangent: Tensor,
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What cross_entropy_backward_backward computes, for derivatives of the third order and up."""
-    dim = _class_dim(logits)
-    t, _ = _target_weights(logits, target, weight, ignore_index, label_smoothing)
-    softmax = logits.softmax(dim)
-    target_sum = t.sum(dim)
-    mean = (softmax * tangent).sum(dim, keepdim=True)
-    row_dot = target_sum * mean.squeeze(dim) - (t * tangent).sum(dim)
-    grad_logits = (grad_loss * target_sum).unsqueeze(dim) * softmax * (tangent - mean)
-    w = torch.ones((), dtype=logits.dtype) if weight is None else _per_class(weight, logits)
-    grad_target = grad_loss.unsqueeze(dim) * (1 - label_smoothing) * w * (mean - tangent)
-    return row_dot, grad_logits, grad_target
+    if reduction == "sum":
+        return loss.sum()
+    divisor = torch.as_tensor(target_weight.sum() if normalizer is None else normalizer)
+    result = loss.sum() / divisor
+    return result.masked_fill(divisor == 0, 0) if empty == "zero" else result
 
 
 # --------------------------------------------------------------------------------------------------
 # Meta implementations: shapes and dtypes, for fake tensors, torch.compile and the meta device
 
 
-def _row_shape(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[list[Any], bool]:
-    """The rows' shape, and whether the target holds class indices; the ops' own checks in short."""
-    if logits.dim() == 0:
-        raise RuntimeError(f"{op}: expected logits of shape (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-    check_devices(op, logits, target=target, weight=weight)
-    dim = _class_dim(logits)
-    classes = logits.shape[dim]
-    if weight is not None and (weight.dim() != 1 or weight.shape[0] != classes):
-        raise RuntimeError(
-            f"{op}: weight tensor should be defined either for all {classes} classes or no classes "
-            f"but got weight tensor of shape: {tuple(weight.shape)}"
-        )
-    rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
-    if target.shape == logits.shape:
-        if not target.is_floating_point():
-            raise RuntimeError(
-                f"{op}: Expected floating point type for target with class probabilities, got {target.dtype}"
-            )
-        return rows, False
-    got = list(target.shape)
-    if got != rows and not (logits.dim() == 1 and got == [1]):
-        by_batch = len(got) == 1 if logits.dim() == 1 else not got or got[0] != rows[0]
-        raise (ValueError if by_batch else RuntimeError)(
-            f"{op}: expected target of shape {tuple(rows)} for logits of shape {tuple(logits.shape)}, "
-            f"got {tuple(got)}"
-        )
-    if target.is_floating_point():
-        raise RuntimeError(
-            f"{op}: expected target dtype to be Long, Int or Byte for class indices, got {target.dtype}"
-        )
-    return rows, True
-
-
 @torch.library.register_fake("lossops::cross_entropy_forward")
 def _(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
-    rows, index_target = _row_shape("cross_entropy", logits, target, weight)
+    rows, index_target = row_shape("cross_entropy", logits, target, weight)
     stat_rows = 3 if label_smoothing != 0 or not index_target else 2
     loss = logits.new_empty(
         rows if reduction == NONE else (), dtype=_loss_dtype(logits, target, weight, out_dtype)
     )
     stats = logits.new_empty((stat_rows, *rows), dtype=accumulation(logits, target, weight))
     return loss, stats, logits.new_empty((), dtype=torch.float64)
-
-
-def _fake_gradients(logits, target, need_logits, need_target):
-    grad_logits = torch.empty_like(logits) if need_logits else logits.new_empty((0,))
-    grad_target = torch.empty_like(target) if need_target else logits.new_empty((0,))
-    return grad_logits, grad_target
 
 
 @torch.library.register_fake("lossops::cross_entropy_backward")
@@ -200,44 +134,37 @@ def _(
     need_target,
 ):
     op = "cross_entropy_backward"
-    _row_shape(op, logits, target, weight)
+    row_shape(op, logits, target, weight)
     check_devices(op, logits, grad_loss=grad_loss, stats=stats, normalizer=normalizer)
-    return _fake_gradients(logits, target, need_logits, need_target)
-
-
-@torch.library.register_fake("lossops::cross_entropy_backward_backward")
-def _(
-    tangent,
-    grad_loss,
-    logits,
-    target,
-    weight,
-    stats,
-    ignore_index,
-    label_smoothing,
-    need_logits,
-    need_target,
-):
-    op = "cross_entropy_backward_backward"
-    rows, _ = _row_shape(op, logits, target, weight)
-    check_devices(op, logits, tangent=tangent, grad_loss=grad_loss, stats=stats)
-    return stats.new_empty(rows), *_fake_gradients(logits, target, need_logits, need_target)
+    grad_logits = torch.empty_like(logits) if need_logits else logits.new_empty((0,))
+    grad_target = torch.empty_like(target) if need_target else logits.new_empty((0,))
+    return grad_logits, grad_target
 
 
 # --------------------------------------------------------------------------------------------------
-# Autograd. Three Functions, each the derivative of the one before; the third is differentiated
-# through its reference. The loss is linear in a probability target, so that derivatives along a
-# target are the loss and its gradient again, with the direction in the target's place.
+# Autograd of torch's own loss. Its second derivative is that of the row functions that it is made of.
 
 
 def _loss_backward(needs, options, grad_loss, logits, target, weight, stats, normalizer):
-    options = *options, *needs
     if differentiates_backward():
-        rows = divide(grad_loss.to(stats.dtype), normalizer).expand(stats.shape[1:])
-        grads = CrossEntropyBackward.apply(rows, logits, target, weight, stats, *options)
+        rows, _ = row_functions(logits, target, weight, None, (1.0, 0.0, *options))
+        upstream = _upstream(grad_loss, rows, normalizer)
+        args = upstream, rows, logits, target, weight, None, 1.0, 0.0, *options, *needs, False
+        grads = RowsBackward.apply(*args)[:2]
     else:
-        grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options)
+        grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options, *needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _upstream(grad_loss: Tensor, rows: Tensor, normalizer: Tensor | None) -> Tensor:
+    """The gradients of the row functions that make up S*log_sum - dot."""
+    planes = rows.unbind(0)
+    g = divide(grad_loss.to(rows.dtype), normalizer).expand(rows.shape[1:])
+    upstream = [torch.zeros_like(g)] * len(planes)
+    upstream[_rows.LOG_SUM] = g * planes[_rows.TARGET_SUM]
+    upstream[_rows.TARGET_SUM] = g * planes[_rows.LOG_SUM]
+    upstream[_rows.DOT] = -g
+    return torch.stack(upstream)
 
 
 class EagerCrossEntropy(Function):
@@ -297,241 +224,18 @@ class SmallCrossEntropy(Function):
 _apply_small = bare_apply(SmallCrossEntropy)
 
 
-class CrossEntropy(Function):
-    """(loss, stats, normalizer) of logits, target, weight and options, for every transform."""
-
-    @staticmethod
-    def forward(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
-        return _forward(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, target, weight, ctx.reduction, *ctx.options, ctx.out_dtype = inputs
-        _, stats, normalizer = output
-        ctx.mark_non_differentiable(stats, normalizer)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats, normalizer)
-        ctx.save_for_forward(logits, target, weight, stats, normalizer)
-
-    @staticmethod
-    def backward(ctx, grad_loss, _stats, _normalizer):
-        if grad_loss is None:
-            return (None,) * 7
-        logits, target, weight, stats, normalizer = ctx.saved_tensors
-        if ctx.reduction != MEAN:
-            normalizer = None
-        saved = logits, target, weight, stats, normalizer
-        grads = _loss_backward(ctx.needs_input_grad[:2], ctx.options, grad_loss, *saved)
-        return *grads, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, logits_t, target_t, weight_t, *_):
-        if weight_t is not None:
-            raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
-        logits, target, weight, stats, normalizer = ctx.saved_tensors
-        dtype = _loss_dtype(logits, target, weight, ctx.out_dtype)
-        terms = []
-        if logits_t is not None:
-            ones = torch.ones(stats.shape[1:], dtype=stats.dtype, device=stats.device)
-            args = logits_t, ones, logits, target, weight, stats, *ctx.options, False, False
-            terms.append(CrossEntropyBackwardBackward.apply(*args)[0])
-        if target_t is not None:
-            along = _loss_along(logits, target_t, weight, stats.dtype)[0]
-            terms.append(Combine.apply(1 - ctx.options[1], False, None, stats.dtype, along))
-        if not terms:
-            return None, None, None
-        normalizer = normalizer if ctx.reduction == MEAN else None
-        return Combine.apply(1, ctx.reduction != NONE, normalizer, dtype, *terms), None, None
-
-    @staticmethod
-    def vmap(info, in_dims, logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
-        options = ignore_index, label_smoothing
-        fold = _Fold.of(info, in_dims[:3], logits, target, weight)
-        if fold is None:
-            args = (logits, target, weight, reduction, *options, out_dtype)
-            return vmap_by_loop(CrossEntropy, info, in_dims, args)
-        # Rows in the accumulation type: reduced here, they are rounded once as in the op.
-        row_dtype = out_dtype if reduction == NONE else accumulation(logits, target, weight)
-        loss, stats, normalizer = CrossEntropy.apply(
-            fold.logits, fold.target, weight, NONE, *options, row_dtype
-        )
-        if reduction == NONE:
-            normalizer = normalizer.expand(info.batch_size)
-        else:
-            samples = range(loss.dim() - 1)
-            normalizer = (
-                fold.row_weight(weight, ignore_index).sum(tuple(samples))
-                if samples
-                else fold.row_weight(weight, ignore_index)
-            )
-            loss = loss.sum(tuple(samples)) if samples else loss
-            if reduction == MEAN:
-                loss = loss.double() / normalizer
-            loss = loss.to(_loss_dtype(logits, target, weight, out_dtype))
-        return (loss, stats, normalizer), (loss.dim() - 1, stats.dim() - 1, 0)
-
-
-class CrossEntropyBackward(Function):
-    """(grad_logits, grad_target) of a gradient for each row, logits, target, weight and stats."""
-
-    @staticmethod
-    def forward(
-        grad_loss, logits, target, weight, stats, ignore_index, label_smoothing, need_logits, need_target
-    ):
-        options = ignore_index, label_smoothing, need_logits, need_target
-        return _backward(grad_loss, logits, target, weight, stats, None, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_loss, logits, target, weight, stats, ctx.ignore_index, ctx.label_smoothing, *ctx.needs = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
-        ctx.save_for_backward(grad_loss, logits, target, weight, stats)
-        ctx.save_for_forward(grad_loss, logits, target, weight, stats)
-
-    @staticmethod
-    def backward(ctx, logits_v, target_v):
-        grad_loss, logits, target, weight, stats = ctx.saved_tensors
-        _, need_logits, need_target = ctx.needs_input_grad[:3]
-        to_grad_loss = to_logits = to_target = None
-        if logits_v is not None:
-            options = ctx.ignore_index, ctx.label_smoothing, need_logits, need_target
-            to_grad_loss, to_logits, to_target = CrossEntropyBackwardBackward.apply(
-                logits_v, grad_loss, logits, target, weight, stats, *options
-            )
-        if target_v is not None:
-            keep = 1 - ctx.label_smoothing
-            loss, stats_v = _loss_along(logits, target_v, weight, stats.dtype)
-            to_grad_loss = keep * loss if to_grad_loss is None else to_grad_loss + keep * loss
-            if need_logits:
-                along = _gradient_along(grad_loss * keep, logits, target_v, weight, stats_v)
-                to_logits = along if to_logits is None else to_logits + along
-        if to_grad_loss is not None:
-            to_grad_loss = to_grad_loss.to(grad_loss.dtype)
-        return (
-            to_grad_loss,
-            to_logits if need_logits else None,
-            to_target if need_target else None,
-            *(None,) * 6,
-        )
-
-    @staticmethod
-    def jvp(ctx, grad_loss_t, logits_t, target_t, *_):
-        grad_loss, logits, target, weight, stats = ctx.saved_tensors
-        options = ctx.ignore_index, ctx.label_smoothing, *ctx.needs
-        to_logits, to_target = [], []
-        if grad_loss_t is not None:
-            grads = CrossEntropyBackward.apply(grad_loss_t, logits, target, weight, stats, *options)
-            to_logits.append(grads[0])
-            to_target.append(grads[1])
-        if logits_t is not None:
-            args = logits_t, grad_loss, logits, target, weight, stats, *options
-            _, along_logits, along_target = CrossEntropyBackwardBackward.apply(*args)
-            to_logits.append(along_logits)
-            to_target.append(along_target)
-        if target_t is not None and ctx.needs[0]:
-            stats_t = _loss_along(logits, target_t, weight, stats.dtype)[1]
-            scaled = Combine.apply(1 - ctx.label_smoothing, False, None, grad_loss.dtype, grad_loss)
-            to_logits.append(_gradient_along(scaled, logits, target_t, weight, stats_t))
-        return tuple(
-            Combine.apply(1, False, None, terms[0].dtype, *terms) if need and terms else None
-            for need, terms in zip(ctx.needs, (to_logits, to_target), strict=True)
-        )
-
-    @staticmethod
-    def vmap(info, in_dims, grad_loss, logits, target, weight, stats, *options):
-        fold = _Fold.of(info, in_dims[1:4], logits, target, weight)
-        if fold is None:
-            return vmap_by_loop(
-                CrossEntropyBackward, info, in_dims, (grad_loss, logits, target, weight, stats, *options)
-            )
-        grad_loss, stats = fold.last(grad_loss, in_dims[0]), fold.last(stats, in_dims[4])
-        grads = CrossEntropyBackward.apply(grad_loss, fold.logits, fold.target, weight, stats, *options)
-        return grads, fold.gradient_dims(*options[2:])
-
-
-class CrossEntropyBackwardBackward(Function):
-    """(row_dot, grad_logits, grad_target) along a tangent of the logits; see csrc/cross_entropy.h."""
-
-    @staticmethod
-    def forward(
-        tangent,
-        grad_loss,
-        logits,
-        target,
-        weight,
-        stats,
-        ignore_index,
-        label_smoothing,
-        need_logits,
-        need_target,
-    ):
-        options = ignore_index, label_smoothing, need_logits, need_target
-        return _backward_backward(tangent, grad_loss, logits, target, weight, stats, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        tangent, grad_loss, logits, target, weight, _stats, ctx.ignore_index, ctx.label_smoothing, *needs = (
-            inputs
-        )
-        ctx.set_materialize_grads(False)
-        ctx.kept = [0, *(k for k, need in enumerate(needs, start=1) if need)]  # which outputs are real
-        ctx.mark_non_differentiable(*(t for k, t in enumerate(output) if k not in ctx.kept))
-        ctx.save_for_backward(tangent, grad_loss, logits, target, weight)
-        ctx.save_for_forward(tangent, grad_loss, logits, target, weight)
-
-    @staticmethod
-    def _reference(ctx):
-        """The reference as a function of what may be differentiated, and those arguments."""
-        tangent, grad_loss, logits, target, weight = ctx.saved_tensors
-        primals = (tangent, grad_loss, logits, target)[: 4 if target.is_floating_point() else 3]
-
-        def function(tangent, grad_loss, logits, target=target):
-            options = weight, ctx.ignore_index, ctx.label_smoothing
-            results = _backward_backward_reference(tangent, grad_loss, logits, target, *options)
-            return tuple(results[k] for k in ctx.kept)
-
-        return function, primals
-
-    @staticmethod
-    def backward(ctx, *grads):
-        function, primals = CrossEntropyBackwardBackward._reference(ctx)
-        outputs, vjp, *_ = torch.func.vjp(function, *primals)
-        grads = tuple(
-            torch.zeros_like(out) if grads[k] is None else grads[k].to(out.dtype)
-            for k, out in zip(ctx.kept, outputs, strict=True)
-        )
-        results = vjp(grads)
-        return *results, *(None,) * (10 - len(results))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        function, primals = CrossEntropyBackwardBackward._reference(ctx)
-        along = tuple(
-            torch.zeros_like(p) if t is None else t
-            for p, t in zip(primals, tangents[: len(primals)], strict=True)
-        )
-        # Copies: torch will not make a dual of an expanded tensor.
-        results = torch.func.jvp(function, tuple(p.clone() for p in primals), along)[1]
-        by_output = dict(zip(ctx.kept, results, strict=True))
-        return tuple(by_output.get(k) for k in range(3))
-
-    @staticmethod
-    def vmap(info, in_dims, tangent, grad_loss, logits, target, weight, stats, *options):
-        fold = _Fold.of(info, in_dims[2:5], logits, target, weight)
-        if fold is None:
-            args = tangent, grad_loss, logits, target, weight, stats, *options
-            return vmap_by_loop(CrossEntropyBackwardBackward, info, in_dims, args)
-        results = CrossEntropyBackwardBackward.apply(
-            fold.classes(tangent, in_dims[0]),
-            fold.last(grad_loss, in_dims[1]),
-            fold.logits,
-            fold.target,
-            weight,
-            fold.last(stats, in_dims[5]),
-            *options,
-        )
-        return results, (results[0].dim() - 1, *fold.gradient_dims(*options[2:]))
+def _for_transforms(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    rows, _ = row_functions(logits, target, weight, None, (1.0, 0.0, ignore_index, label_smoothing))
+    dtype = _loss_dtype(logits, target, weight, out_dtype)
+    return _reduced(rows, reduction, dtype)
 
 
 def _loss_dtype(
@@ -542,67 +246,288 @@ def _loss_dtype(
     return promote(logits, target, weight) if target.is_floating_point() else logits.dtype
 
 
-def _loss_along(
-    logits: Tensor, direction: Tensor, weight: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The loss of each row with a direction of the target's space as its target, and its stats."""
-    loss, stats, _ = CrossEntropy.apply(logits, direction, weight, NONE, _NO_IGNORE, 0.0, dtype)
-    return loss, stats
+# --------------------------------------------------------------------------------------------------
+# The family: O(N) arithmetic on the row functions
 
 
-def _gradient_along(
-    grad_loss: Tensor, logits: Tensor, direction: Tensor, weight: Tensor | None, stats: Tensor
+def _row_losses(rows: Tensor, z_loss: float = 0.0) -> Tensor:
+    planes = rows.unbind(0)
+    loss = planes[_rows.TARGET_SUM] * planes[_rows.LOG_SUM] - planes[_rows.DOT]
+    return loss + _z_losses(rows, z_loss) if z_loss else loss
+
+
+def _lse(rows: Tensor) -> Tensor:
+    return rows[_rows.MAX] + rows[_rows.LOG_SUM]
+
+
+def _z_losses(rows: Tensor, z_loss: float) -> Tensor:
+    return z_loss * _lse(rows).square()
+
+
+def _reduced(
+    rows: Tensor,
+    reduction: int,
+    dtype: torch.dtype,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    empty: str = "nan",
 ) -> Tensor:
-    options = _NO_IGNORE, 0.0, True, False
-    return CrossEntropyBackward.apply(grad_loss, logits, direction, weight, stats, *options)[0]
+    divisor: float | Tensor = 1.0 if normalizer is None else normalizer
+    unused = None  # where a loss is multiplied by 0, whatever it is
+    if reduction == MEAN and normalizer is None:
+        divisor = ordered_sum(rows[_rows.TARGET_WEIGHT].detach(), torch.float64)
+    if reduction == MEAN and empty == "zero":
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(rows.device, torch.float64)
+        else:
+            divisor = torch.full((), divisor, dtype=torch.float64, device=rows.device)
+        unused = nothing = divisor == 0
+        divisor = divisor.masked_fill(nothing, 1)
+    if row_weight is not None:
+        row_weight = row_weight.reshape(rows.shape[1:]).to(rows.dtype)
+        unused = row_weight == 0 if unused is None else unused | (row_weight == 0)
+    if unused is not None:
+        # 0 times an infinity is NaN, in the loss and once more in the gradients of the planes.
+        unused = unused & ~_row_losses(rows.detach(), z_loss).isfinite()
+        rows = rows.masked_fill(unused, 0)
+    loss = _row_losses(rows, z_loss)
+    if row_weight is not None:
+        loss = loss * row_weight
+    if reduction == NONE:
+        return loss.to(dtype)
+    total = ordered_sum(loss, torch.float64)
+    if reduction == MEAN:
+        total = total / divisor
+        if empty == "zero":
+            total = total.masked_fill(nothing, 0)
+    return total.to(dtype)
 
 
-class _Fold:
-    """A vmapped batch as more rows of one call: the batch goes last, or first of one-row logits."""
+class CrossEntropyMetrics(NamedTuple):
+    """What one pass over the logits says of every row, each of the rows' shape; zeros for ignored rows.
 
-    def __init__(self, info: Any, in_dims: tuple[Any, ...], logits: Tensor, target: Tensor) -> None:
-        self.size = info.batch_size
-        self.one_row = logits.dim() - (in_dims[0] is not None) == 1
-        self.logits = self.classes(logits, in_dims[0])
-        self.index_target = not target.is_floating_point()
-        self.target = self.last(target, in_dims[1]) if self.index_target else self.classes(target, in_dims[1])
+    In float32 (float64 where an operand is float64), of the logits as scaled and capped.
+    """
 
-    @classmethod
-    def of(
-        cls, info: Any, in_dims: tuple[Any, ...], logits: Tensor, target: Tensor, weight: Tensor | None
-    ) -> _Fold | None:
-        """None where the batch cannot be rows: a weight for each sample, or a target of shape (1,)."""
-        target_dims = target.dim() - (in_dims[1] is not None)
-        logits_dims = logits.dim() - (in_dims[0] is not None)
-        single = not target.is_floating_point() and logits_dims == 1 and target_dims == 1
-        return None if in_dims[2] is not None or single else cls(info, in_dims, logits, target)
+    lse: Tensor
+    """``logsumexp`` of the row; differentiable."""
+    logprob: Tensor
+    """Log-probability of the target class, or ``sum_c p_c * log softmax_c`` of probabilities ``p``, without
+    class weight and smoothing; differentiable."""
+    entropy: Tensor
+    """Of the softmax, in nats; differentiable."""
+    z_loss: Tensor
+    """``z_loss * lse**2``, before ``row_weight`` and reduction; differentiable."""
+    predicted: Tensor
+    """The class of the largest logit (int64), the lowest where several are; -1 for ignored rows."""
+    correct: Tensor
+    """Whether ``predicted`` is the target class (of probabilities, their most probable one)."""
 
-    def last(self, x: Tensor, dim: int | None) -> Tensor:
-        return x.unsqueeze(-1).expand(*x.shape, self.size) if dim is None else x.movedim(dim, -1)
 
-    def classes(self, x: Tensor, dim: int | None) -> Tensor:
-        x = self.last(x, dim)
-        return x.movedim(-1, 0) if self.one_row else x
+class _Family(NamedTuple):
+    """The options beyond torch's."""
 
-    def row_weight(self, weight: Tensor | None, ignore_index: int) -> Tensor:
-        """What each row adds to the normalizer, in float64."""
-        if not self.index_target:
-            return torch.ones((), dtype=torch.float64, device=self.logits.device).expand(
-                self.logits.select(_class_dim(self.logits), 0).shape
+    logit_scale: float | Tensor
+    softcap: float | None
+    z_loss: float
+    row_weight: Tensor | None
+    normalizer: float | Tensor | None
+    empty: str
+    inplace_backward: bool
+
+    def is_plain(self) -> bool:
+        return (
+            self.softcap is None
+            and self.row_weight is None
+            and self.normalizer is None
+            and not self.inplace_backward
+            and self.empty == "nan"
+            and not isinstance(self.logit_scale, Tensor)
+            and self.logit_scale == 1
+            and self.z_loss == 0
+        )
+
+    def check(self, input: Tensor, rows: list[Any], index_target: bool) -> None:
+        """Raises what no kernel sees."""
+        scale, cap = self.logit_scale, self.softcap
+        if isinstance(scale, Tensor):
+            if scale.is_meta != input.is_meta:
+                check_devices("cross_entropy", input, logit_scale=scale)
+            if scale.dim() != 0 or not scale.is_floating_point():
+                raise ValueError(
+                    "cross_entropy: expected logit_scale to be a float or a 0-d floating point tensor, got "
+                    f"shape {tuple(scale.shape)} of {scale.dtype}"
+                )
+        elif not isinstance(scale, (int, float)):
+            raise TypeError(f"cross_entropy: expected logit_scale to be a float or a Tensor, got {scale!r}")
+        if cap is not None and not isinstance(cap, (int, float)):
+            raise TypeError(f"cross_entropy: expected softcap to be a float or None, got {cap!r}")
+        if cap is not None and not 0 < cap < math.inf:
+            raise ValueError(f"cross_entropy: expected softcap to be positive and finite, got {cap!r}")
+        if not isinstance(self.z_loss, (int, float)):
+            raise TypeError(f"cross_entropy: expected z_loss to be a float, got {self.z_loss!r}")
+        if self.empty not in ("nan", "zero"):
+            raise ValueError(f"cross_entropy: expected empty to be 'nan' or 'zero', got {self.empty!r}")
+        weight = self.row_weight
+        if weight is not None:
+            if not _is_real(weight):
+                given = _kind(weight)
+                raise TypeError(
+                    f"cross_entropy: expected row_weight to be a Tensor of real numbers, got {given}"
+                )
+            one = not rows and list(weight.shape) == [1]
+            if list(weight.shape) != rows and not one:
+                raise ValueError(
+                    f"cross_entropy: expected row_weight of shape {tuple(rows)}, one for each row, got "
+                    f"{tuple(weight.shape)}"
+                )
+            check_devices("cross_entropy", input, row_weight=weight)
+        divisor = self.normalizer
+        if divisor is None or isinstance(divisor, (int, float, torch.SymInt, torch.SymFloat)):
+            return
+        if not _is_real(divisor):
+            raise TypeError(
+                "cross_entropy: expected normalizer to be a float or a Tensor of real numbers, got "
+                f"{_kind(divisor)}"
             )
-        target = self.target.long()
-        counted = target != ignore_index
-        if weight is None:
-            return counted.double()
-        return weight.double()[target.where(counted, 0)] * counted
+        if divisor.dim() != 0:
+            raise ValueError(
+                "cross_entropy: expected normalizer to be a float or a 0-d tensor, got shape "
+                f"{tuple(divisor.shape)}"
+            )
+        if divisor.device.type != "cpu":  # a number on the CPU serves every device
+            check_devices("cross_entropy", input, normalizer=divisor)
 
-    def gradient_dims(self, need_logits: bool, need_target: bool) -> tuple[int | None, int | None]:
-        dim = 0 if self.one_row else self.logits.dim() - 1
-        return dim if need_logits else None, dim if need_target else None
+    def scale(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, float]:
+        """The scale as the ops take it: a tensor of the accumulation type, or a number."""
+        if isinstance(self.logit_scale, Tensor):
+            return self.logit_scale.to(device=device, dtype=dtype), 1.0
+        return None, float(self.logit_scale)
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_complex()
+
+
+def _kind(x: Any) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _may_write_over(input: Tensor, *others: Tensor | float | None) -> bool:
+    """Whether the backward may leave the gradient in the logits; raises where that would destroy something.
+
+    What else needs the logits is autograd's version counter to notice. Where nothing asks it (compiled code;
+    tensors saved through hooks, as torch.utils.checkpoint does), they stay as they are.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if is_transformed():
+        return True  # refused by the row functions
+    if not input.requires_grad or not torch.is_grad_enabled():
+        return False
+    refusal = "cross_entropy: inplace_backward=True writes the gradient over the logits, "
+    base = input if input._base is None else input._base
+    if base.is_leaf:
+        raise RuntimeError(
+            f"{refusal}which must not be a leaf that requires grad, nor a view of one; pass the output of a "
+            "layer"
+        )
+    if _overlaps_itself(input):
+        raise RuntimeError(
+            f"{refusal}of which some share their memory (an expanded tensor); pass input.contiguous()"
+        )
+    if any(
+        isinstance(other, Tensor) and torch._C._is_alias_of(input, other)  # type: ignore[attr-defined]
+        for other in others
+    ):
+        raise RuntimeError(f"{refusal}whose memory target, weight or logit_scale shares; pass a copy of that")
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    if hooks is not None or input.is_neg():
+        note("inplace_backward: saved-tensor hooks or a negated view; the gradient has memory of its own")
+        return False
+    return True
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements may share their memory."""
+    reach = 0  # of the dimensions of smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return x.numel() > 0
+            reach += stride * (size - 1)
+    return False
+
+
+def _with_options(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    out_dtype: torch.dtype | None,
+    family: _Family,
+    metrics: bool = False,
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    shape, index_target = row_shape("cross_entropy", input, target, weight)
+    family.check(input, shape, index_target)
+    in_place = family.inplace_backward and _may_write_over(input, target, weight, family.logit_scale)
+    dtype = _loss_dtype(input, target, weight, out_dtype)
+    unweighted = target
+    plain_target = index_target or (weight is None and label_smoothing == 0)
+    if weight is not None and may_be_differentiated(weight):
+        target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
+    scale_tensor, scale = family.scale(accumulation(input, target, weight), input.device)
+    options = scale, float(family.softcap or 0.0), ignore_index, label_smoothing
+    rows, predicted = row_functions(
+        input,
+        target,
+        weight,
+        scale_tensor,
+        options,
+        entropy=metrics,
+        predicted=metrics,
+        inplace_backward=in_place,
+    )
+    loss = _reduced(
+        rows,
+        reduction,
+        dtype,
+        family.z_loss,
+        family.row_weight,
+        family.normalizer,
+        family.empty,
+    )
+    if not metrics:
+        return loss, None
+    logprob = _logprobs(rows, index_target)
+    if not plain_target:
+        note("logprob of probabilities with class weight or smoothing takes a second pass")
+        logprob = _logprobs(
+            row_functions(input, unweighted, None, scale_tensor, (*options[:3], 0.0))[0], index_target
+        )
+    z_losses = _z_losses(rows, family.z_loss) if family.z_loss else torch.zeros_like(rows[0])
+    if index_target:
+        best = target.reshape(predicted.shape)
+    elif input.size(class_dim(input)):
+        best = unweighted.argmax(class_dim(input))
+    else:
+        best = predicted
+    correct = (predicted == best) & (predicted >= 0)
+    return loss, CrossEntropyMetrics(_lse(rows), logprob, rows[_rows.ENTROPY], z_losses, predicted, correct)
+
+
+def _logprobs(rows: Tensor, index_target: bool) -> Tensor:
+    planes = rows.unbind(0)
+    if index_target:
+        return planes[_rows.PICKED] - planes[_rows.LOG_SUM]
+    return planes[_rows.DOT] - planes[_rows.TARGET_SUM] * planes[_rows.LOG_SUM]
 
 
 # --------------------------------------------------------------------------------------------------
-# Function and module
+# Functions and module
 
 
 def cross_entropy(
@@ -614,11 +539,21 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    empty: str = "nan",
+    out_dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Softmax cross-entropy between logits and target, as :func:`torch.nn.functional.cross_entropy`.
 
-    Formula and arguments are those of torch's documentation; label smoothing is that of
+    Formula and positional arguments are those of torch's documentation; label smoothing is that of
     `Rethinking the Inception Architecture for Computer Vision <https://arxiv.org/abs/1512.00567>`_.
+    All options work together, for both kinds of target and all shapes, reductions and derivatives.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float16, bfloat16,
@@ -633,20 +568,42 @@ def cross_entropy(
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets for indices, over the
             rows for probabilities) or ``"sum"``.
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution.
+        logit_scale: multiplies the logits, an inverse temperature: a number, or a 0-d floating point
+            tensor, which gets a gradient (the learnable scale of `CLIP <https://arxiv.org/abs/2103.00020>`_).
+        softcap: logits become ``softcap * tanh(logit_scale * z / softcap)``, as in `Gemma 2
+            <https://arxiv.org/abs/2408.00118>`_; ``None`` for no cap.
+        z_loss: adds ``z_loss * lse**2`` to the loss of each row that is not ignored, with ``lse`` the row's
+            ``logsumexp``, as in `PaLM <https://arxiv.org/abs/2204.02311>`_.
+        row_weight: multiplies the loss of each row (a mask, token weights, advantages); the rows' shape (that
+            of class indices), any dtype, differentiable. It does not enter the divisor of the mean: for a
+            masked mean give ``normalizer=mask.sum()``. A row of weight 0 adds nothing, not even NaN.
+        normalizer: what ``"mean"`` divides by in place of its own count: a number, or a 0-d tensor, which is
+            not waited for (a token count over micro-batches or ranks).
+        empty: what ``"mean"`` over a divisor of 0 gives: ``"nan"``, torch's contract, or ``"zero"``, with
+            zero gradients.
+        out_dtype: dtype of the result, such as float32 from 16-bit logits; by default torch's.
+        inplace_backward: write the gradient over the logits. They must be neither a leaf nor a view of one,
+            and what autograd still needs of them is an error of its version counter; a second backward and
+            second derivatives are errors too. Under torch.compile and saved-tensor hooks (checkpointing),
+            where that counter is not asked, the gradient gets memory of its own as without the option.
+            Without it nothing is ever written to an argument.
 
     Returns:
         The loss in the input's dtype (promoted with a probability target's; float32 under
-        autocast): 0-d, or of the rows' shape for ``reduction="none"``. Computed in float32
-        (float64 where an operand is float64) and rounded once.
+        autocast) or ``out_dtype``: 0-d, or of the rows' shape for ``reduction="none"``. Computed in
+        float32 (float64 where an operand is float64) and rounded once.
 
     Raises:
         IndexError: a class index outside [0, C) that is not ``ignore_index``.
-        ValueError: an unknown reduction, or a target whose batch differs from the input's.
+        ValueError: an unknown reduction or ``empty``, a target whose batch differs from the input's, a
+            wrong shape of ``row_weight``, ``normalizer`` or ``logit_scale``, a ``softcap`` that is not
+            positive.
         RuntimeError: another wrong shape, a wrong dtype of target or weight, ``label_smoothing``
             outside [0, 1], ``ignore_index >= 0`` with probabilities, a class weight that requires
-            grad with class indices.
+            grad with class indices, ``inplace_backward`` for a leaf or a view of one, for logits that
+            share memory with each other or with another argument, or under torch.func.
         NotImplementedError: integer, complex, sparse or other input that no kernel takes.
-        TypeError: not a tensor.
+        TypeError: not a tensor, or an option of a wrong type.
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
@@ -660,10 +617,22 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            z_loss=z_loss,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            empty=empty,
+            out_dtype=out_dtype,
+            inplace_backward=inplace_backward,
         )
     code = reduction_code(reduction, size_average, reduce)
+    family = _Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty, inplace_backward)
     try:
-        out_dtype = autocast_dtype(input, target)
+        out_dtype = _checked_dtype(out_dtype) or autocast_dtype(input, target)
+        if not family.is_plain():
+            options = code, ignore_index, label_smoothing, out_dtype, family
+            return _with_options(input, target, weight, *options)[0]
         if weight is not None and may_be_differentiated(weight):
             target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
         plain = weight is None and label_smoothing == 0 and out_dtype is None and code == MEAN
@@ -674,13 +643,111 @@ def cross_entropy(
             and len(input) == len(target)
             and is_small(input, target, torch.int64)
         ):
+            note("a small batch: the kernels are called without the dispatcher")
             return _apply_small(input, target, ignore_index)
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
-        return run(EagerCrossEntropy, CrossEntropy, _forward, (input, target), args)
+        return run(EagerCrossEntropy, _for_transforms, _forward, (input, target), args)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         _explain_bad_option(ignore_index, label_smoothing)
         explain_bad_input("cross_entropy", input=input, target=target, weight=weight)
         raise
+
+
+def cross_entropy_with_metrics(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    empty: str = "nan",
+    out_dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, CrossEntropyMetrics]:
+    """The loss of :func:`cross_entropy`, and what the same pass over the logits says of every row.
+
+    Arguments and errors are those of :func:`cross_entropy`; :class:`CrossEntropyMetrics` names the
+    results. With probabilities *and* a class weight or smoothing, ``logprob`` costs a second pass.
+
+    >>> loss, metrics = lossops.functional.cross_entropy_with_metrics(logits, target)
+    >>> accuracy = metrics.correct.float().mean()
+    """
+    code = reduction_code(reduction, None, None)
+    family = _Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty, inplace_backward)
+    try:
+        out_dtype = _checked_dtype(out_dtype) or autocast_dtype(input, target)
+        options = code, ignore_index, label_smoothing, out_dtype, family
+        loss, metrics = _with_options(input, target, weight, *options, metrics=True)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        _explain_bad_option(ignore_index, label_smoothing)
+        explain_bad_input("cross_entropy", input=input, target=target, weight=weight)
+        raise
+    assert metrics is not None
+    return loss, metrics
+
+
+def log_prob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of chosen classes, ``log_softmax(u).gather(target)``, and the softmax's entropy.
+
+    What policy-gradient methods need of a language model's logits, differentiable to every order, without
+    a tensor of the logits' size but their gradient.
+
+    Args:
+        logits: ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, as in :func:`cross_entropy`. Logits of
+            shape ``(B, T, V)`` have their classes last: pass ``logits.movedim(-1, 1)``, which copies nothing.
+        target: class indices of the logits' shape without ``C``.
+        logit_scale, softcap: as in :func:`cross_entropy`.
+        ignore_index: rows with this target give 0 and get no gradient.
+        return_entropy: give ``(logprob, entropy)``.
+
+    Returns:
+        One value for each row, in float32 (float64 for float64 logits).
+
+    Raises:
+        RuntimeError, ValueError, IndexError, NotImplementedError, TypeError: as :func:`cross_entropy`;
+            RuntimeError for probabilities.
+    """
+    family = _Family(logit_scale, softcap, 0.0, None, None, "nan", False)
+    try:
+        shape, index_target = row_shape("log_prob", logits, target, None)
+        if not index_target:
+            raise RuntimeError(
+                f"log_prob: expected target of class indices of shape {tuple(shape)}, got probabilities of "
+                f"shape {tuple(target.shape)}"
+            )
+        family.check(logits, shape, index_target)
+        scale_tensor, scale = family.scale(accumulation(logits), logits.device)
+        options = scale, float(softcap or 0.0), ignore_index, 0.0
+        rows, _ = row_functions(logits, target, None, scale_tensor, options, entropy=return_entropy)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        _explain_bad_option(ignore_index, 0.0)
+        explain_bad_input("log_prob", input=logits, target=target)
+        raise
+    logprob = _logprobs(rows, True)
+    return (logprob, rows[_rows.ENTROPY]) if return_entropy else logprob
+
+
+def _checked_dtype(out_dtype: torch.dtype | None) -> torch.dtype | None:
+    if out_dtype is not None and out_dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            "cross_entropy: expected out_dtype to be float16, bfloat16, float32 or float64, got "
+            f"{out_dtype!r}"
+        )
+    return out_dtype
 
 
 def _explain_bad_option(ignore_index: Any, label_smoothing: Any) -> None:
@@ -696,27 +763,70 @@ def _weighted_target(
     input: Tensor, target: Tensor, weight: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor | None, float]:
     """Class weights that may need a derivative, moved into a probability target to get it there."""
-    _, index_target = _row_shape("cross_entropy", input, target, weight)
+    _, index_target = row_shape("cross_entropy", input, target, weight)
     if index_target:
         if weight.requires_grad:
-            raise RuntimeError(_NO_WEIGHT_DERIVATIVE)
+            raise RuntimeError(NO_WEIGHT_DERIVATIVE)
         return target, weight, label_smoothing
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(
             f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
         )
-    classes = input.size(_class_dim(input))
-    t = _per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / max(classes, 1))
+    note("the class weight may need a derivative: a weighted copy of the target is made")
+    classes = input.size(class_dim(input))
+    t = per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / max(classes, 1))
     return t, None, 0.0
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` on the fused kernels: same constructor, buffers and state.
 
-    Shapes, dtypes, options and errors are those of :func:`lossops.functional.cross_entropy`.
+    The keyword-only options are those of :func:`lossops.functional.cross_entropy`, whose shapes, dtypes and
+    errors hold; what belongs to a batch, ``row_weight`` and ``normalizer``, is given to the call. A
+    ``logit_scale`` that is a :class:`torch.nn.Parameter` becomes one of the module's.
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    _DEFAULTS: ClassVar[dict[str, Any]] = {
+        "logit_scale": 1.0,
+        "softcap": None,
+        "z_loss": 0.0,
+        "empty": "nan",
+        "out_dtype": None,
+        "inplace_backward": False,
+    }
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        logit_scale: float | Tensor = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        empty: str = "nan",
+        out_dtype: torch.dtype | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.z_loss = z_loss
+        self.empty = empty
+        self.out_dtype = out_dtype
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
         return cross_entropy(
             input,
             target,
@@ -724,4 +834,20 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            empty=self.empty,
+            out_dtype=self.out_dtype,
+            inplace_backward=self.inplace_backward,
+        )
+
+    def extra_repr(self) -> str:
+        given = {name: getattr(self, name) for name in self._DEFAULTS}
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in given.items()
+            if isinstance(value, Tensor) or value != self._DEFAULTS[name]
         )

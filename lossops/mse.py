@@ -35,6 +35,7 @@ from ._autograd import (
     run,
     unsupported_dtype,
 )
+from ._explain import note
 from ._small import empty_scalar, is_small, takes_small_gradient
 
 _forward = torch.ops.lossops.mse_forward.default
@@ -221,6 +222,10 @@ class MSE(Function):
         if reduction == MEAN:
             loss = loss.double() / samples
         return (loss.to(dtype), samples), (0, 0)
+
+
+def _for_transforms(*args: Any) -> Tensor:
+    return MSE.apply(*args)[0]
 
 
 class MSEBackward(Function):
@@ -464,11 +469,12 @@ def mse_loss(
                 return _composed_weighted_mse(input, target, weight, mask, code, out_dtype)
             weight = weight.expand(input.shape)
         elif mask is None and code == MEAN and out_dtype is None and is_small(input, target, torch.float32):
+            note("a small batch: the kernels are called without the dispatcher")
             return _apply_small(input, target)
         if mask is not None:
             mask = mask.expand(input.shape)
         args = input, target, weight, mask, code, out_dtype
-        return run(EagerMSE, MSE, _forward, (input, target), args)
+        return run(EagerMSE, _for_transforms, _forward, (input, target), args)
     except (AttributeError, TypeError, RuntimeError):
         explain_bad_input("mse_loss", input=input, target=target, weight=weight, mask=mask)
         raise
@@ -526,11 +532,12 @@ def _composed_weighted_mse(
 ) -> Tensor:
     """A weight that gets a gradient, or a weighted mean over a broadcast input, whose divisor is
     the sum of the weights as given: the unreduced loss, then torch's own product and sum."""
+    note("the weight needs a derivative, or the input is broadcast: torch's own product and sum follow")
     dtype = out_dtype or promote(input, target, weight)
     weight = _where(mask, weight)
     mask = None if mask is None else mask.expand(input.shape)
     args = input, target, None, mask, NONE, accumulation(input, target, weight)
-    loss = weight * run(EagerMSE, MSE, _forward, (input, target), args)
+    loss = weight * run(EagerMSE, _for_transforms, _forward, (input, target), args)
     if reduction != NONE:
         loss = loss.sum()
     if reduction == MEAN:

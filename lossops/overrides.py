@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 
 from . import _C
 from ._autograd import KERNEL_DTYPES
+from ._explain import note
 from .cross_entropy import cross_entropy
 from .mse import mse_loss
 
@@ -97,6 +98,7 @@ class FusedLosses(TorchFunctionMode):
             )
         if counts:
             self.passed_on[reason] += 1
+            note(f"to torch: {reason}")
         return theirs(*args, **kwargs)
 
 

@@ -6,7 +6,7 @@ A new loss joins the contract with a `Loss` and a `Variant` for each kind of cal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Loss:
     module: type[torch.nn.Module]
     torch_module: type[torch.nn.Module]
     constructors: tuple[dict[str, Any], ...]  # arguments of the modules that are worth a test
+    ops: str = ""  # its forward op is {ops}_forward, and so on
+    saved_per_row: int = 3  # numbers that a row leaves for the backward, at most
 
 
 @dataclass
@@ -86,6 +88,7 @@ MSE = Loss(
     lossops.MSELoss,
     torch.nn.MSELoss,
     ({}, {"reduction": "none"}, {"reduction": "sum"}),
+    ops="mse",
 )
 
 
@@ -149,6 +152,7 @@ CROSS_ENTROPY = Loss(
         {"reduction": "none", "label_smoothing": 0.1},
         {"weight": torch.rand(13) + 0.5, "ignore_index": 3, "reduction": "sum", "label_smoothing": 0.2},
     ),
+    ops="cross_entropy",
 )
 
 
@@ -189,6 +193,51 @@ def _probabilities_all(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
     return call
 
 
+def torch_family(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    *,
+    logit_scale: Tensor,
+    softcap: float,
+    z_loss: float,
+    row_weight: Tensor,
+    normalizer: float,
+    **options: Any,
+) -> Tensor:
+    """What a user of torch writes today for the family's options, around torch's own loss."""
+    u = softcap * torch.tanh(input * logit_scale / softcap)
+    loss = F.cross_entropy(u, target, reduction="none" if reduction in REDUCTIONS else reduction, **options)
+    counted = target != options["ignore_index"] if "ignore_index" in options else torch.ones_like(loss)
+    loss = row_weight * (loss + z_loss * u.logsumexp(0 if u.dim() == 1 else 1).square() * counted)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (normalizer if reduction == "mean" else 1)
+
+
+FAMILY = replace(
+    CROSS_ENTROPY, torch_function=torch_family, constructors=(), ops="cross_entropy_rows", saved_per_row=12
+)
+
+
+def _with_family(make: Callable[..., Call]) -> Callable[..., Call]:
+    """Every option beyond torch's that changes the loss, on top of torch's own."""
+
+    def made(shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+        call = make(shape, dtype)
+        rows = shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
+        call.options |= {
+            "logit_scale": torch.tensor(0.75, dtype=dtype),
+            "softcap": 4.0,
+            "z_loss": 0.05,
+            "row_weight": (torch.rand(rows) + 0.5).to(dtype),
+            "normalizer": 6.5,
+        }
+        return call
+
+    return made
+
+
 LOSSES = (MSE, CROSS_ENTROPY)
 VARIANTS = (
     Variant("mse", MSE, _mse),
@@ -199,6 +248,8 @@ VARIANTS = (
     Variant("index-weight-ignore-smoothing", CROSS_ENTROPY, _index_all, weighted=True),
     Variant("probabilities", CROSS_ENTROPY, _probabilities),
     Variant("probabilities-weight-smoothing", CROSS_ENTROPY, _probabilities_all, weighted=True),
+    Variant("index-family", FAMILY, _with_family(_index_all), weighted=True),
+    Variant("probabilities-family", FAMILY, _with_family(_probabilities_all), weighted=True),
 )
 REDUCTIONS = ("none", "mean", "sum")
 

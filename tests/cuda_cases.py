@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,6 @@ def check_cross_entropy(
     smoothing: float = 0.0,
     reductions: tuple[int, ...] = (NONE, MEAN),
     ignored: int = IGNORED,
-    second: bool = False,
 ) -> None:
     dense = target.is_floating_point()
     exact = exact_rows(logits, target, weight, smoothing, ignored)
@@ -161,37 +161,6 @@ def check_cross_entropy(
                 False, True,
             )  # fmt: skip
             assert_near(alone[1].movedim(1, -1), by_target, scale=10, message="grad_target alone")
-        if second and reduction == NONE:
-            check_second(logits, target, weight, stats, options, upstream, exact)
-            expect_record(bad)
-
-
-def check_second(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    options: tuple[int, float],
-    upstream: Tensor,
-    exact: Exact,
-) -> None:
-    dense = target.is_floating_point()
-    tangent = torch.randn(logits.shape).to(logits.dtype)
-    row_dot, by_logits, by_target = ops().cross_entropy_backward_backward(
-        tangent, upstream, logits, target, weight, stats, *options, True, dense
-    )
-    v, g = tangent.double().movedim(1, -1), upstream.double().unsqueeze(-1)
-    sums = exact.t.sum(-1, keepdim=True)
-    mean = (v * exact.softmax).sum(-1, keepdim=True)
-    counted = ~(exact.t == 0).all(-1)
-    expected = (sums * mean).squeeze(-1) - (v * exact.t).sum(-1)
-    assert_near(row_dot, expected.where(counted, 0.0), scale=100, message="row_dot")
-    read = counted.unsqueeze(-1) & ((g != 0) | sums.isnan())  # the row of a bad class index is NaN anyhow
-    expected = (g * sums * exact.softmax * (v - mean)).where(read, 0.0)
-    assert_near(by_logits.movedim(1, -1), expected, scale=100, message="second grad_logits")
-    if dense:
-        expected = g * exact.keep * (mean - v)
-        assert_near(by_target.movedim(1, -1), expected, scale=100, message="second grad_target")
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -332,10 +301,10 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
         target = indices(shape)
         flat = target.view(-1)
         flat[flat.numel() // 2] = shape[1]
-        check_cross_entropy(drawn(shape, dtype), target, second=True, **options)
+        check_cross_entropy(drawn(shape, dtype), target, **options)
         flat[flat.numel() // 2] = -1
         flat[0] = -2  # several: one of them is kept
-        check_cross_entropy(drawn(shape, dtype), target, second=True, **options)
+        check_cross_entropy(drawn(shape, dtype), target, **options)
 
     def ignored(shape: tuple[int, ...], options: dict[str, Any]) -> None:
         """What is in an ignored row reaches nothing; nor is an index out of range one where it is ignored."""
@@ -345,7 +314,7 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
         for integer in (torch.int64, torch.int32, torch.uint8):
             fitting = target.clamp(0, 255).to(integer)
             fitting[fitting >= shape[1]] = 255
-            check_cross_entropy(logits, fitting, ignored=255, second=True, **options)
+            check_cross_entropy(logits, fitting, ignored=255, **options)
         check_cross_entropy(logits, torch.full_like(target, 255), ignored=255, **options)
 
     shapes = {
@@ -388,14 +357,349 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
         yield f"every target of {classes}", lambda c=classes: every_target(c)
 
 
-def second_derivatives(dtype: torch.dtype) -> Iterator[Case]:
-    shapes = {"warp": (107, 37), "block": (9, 600), "slices": (2, 1800), "image": (2, 11, 3, 5)}
+# --------------------------------------------------------------------------------------------------
+# Row functions
+
+MAX, LOG_SUM, TARGET_SUM, DOT, PICKED, TARGET_WEIGHT, ENTROPY = range(7)
+
+
+class RowOptions(NamedTuple):
+    scale: float = 1.0
+    softcap: float = 0.0
+    entropy: bool = False
+    on_device: bool = False  # the scale is a tensor
+    smoothing: float = 0.0
+    ignored: int = IGNORED
+
+
+TRANSFORMS = (
+    RowOptions(),
+    RowOptions(scale=0.7, entropy=True),
+    RowOptions(softcap=4.0),
+    RowOptions(scale=1.3, softcap=6.0, entropy=True, on_device=True),
+)
+
+
+class RowTargets(NamedTuple):
+    """Of a call, in float64 and with classes last."""
+
+    p: Tensor  # probabilities, or 1 at the class index
+    w: Tensor
+    row_weight: Tensor
+    counted: Tensor
+    bad: Tensor  # a class index out of range
+
+
+def row_targets(target: Tensor, weight: Tensor | None, classes: int, ignored: int) -> RowTargets:
+    w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
+    if target.is_floating_point():
+        p = target.double().movedim(1, -1)
+        all_rows = torch.ones(p.shape[:-1], dtype=torch.float64)
+        return RowTargets(p, w, all_rows, all_rows == 1, all_rows == 0)
+    y = target.long()
+    counted = y != ignored
+    inside = (y >= 0) & (y < classes)
+    safe = y.clamp(0, classes - 1)
+    p = torch.nn.functional.one_hot(safe, classes).double()
+    return RowTargets(p, w, w[safe], counted, counted & ~inside)
+
+
+def exact_planes(z: Tensor, p: Tensor, scale: Tensor, targets: RowTargets, given: RowOptions) -> Tensor:
+    """The row functions of csrc/cross_entropy.h, for autograd to differentiate; 0 where a row is ignored."""
+    finite = z.masked_fill(z.isinf(), 0)
+    if given.softcap:  # its slope is 0 at infinity
+        u = given.softcap * torch.tanh(scale * finite / given.softcap)
+        u = u.where(~z.isinf(), given.softcap * z.detach().sign())
+    else:  # a class that is ruled out has no part in the gradient of the scale: not 0 times infinity
+        u = scale.detach() * z + (scale - scale.detach()) * finite
+    most = u.detach().nan_to_num(NAN, INF, -INF).where(~u.isnan(), -INF).amax(-1, keepdim=True)
+    distance = u - most.where(most != -INF, 0.0)
+    log_sum = distance.logsumexp(-1, keepdim=True)
+    t = targets.w * ((1 - given.smoothing) * p + given.smoothing / z.shape[-1])
+    term = t * distance
+    log_softmax = distance - log_sum
+    softmax = log_softmax.exp()
+    picked = distance.where(targets.p == 1, 0.0) if p is targets.p else 0 * log_sum
+    planes = [
+        most.squeeze(-1),
+        log_sum.squeeze(-1),
+        t.sum(-1),
+        term.where(~term.isnan(), 0.0).sum(-1),
+        picked.sum(-1),
+        targets.row_weight,
+    ]
+    if given.entropy:
+        planes.append(-(softmax * log_softmax.where(softmax != 0, 0.0)).sum(-1))
+    return torch.stack(planes).where(targets.counted, 0.0)
+
+
+def twin(t: Tensor) -> Tensor:
+    """A copy that lies in memory as `t` does."""
+    memory = t.untyped_storage().clone()
+    return torch.empty(0, dtype=t.dtype).set_(memory, t.storage_offset(), t.shape, t.stride())
+
+
+def check_rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, given: RowOptions = TRANSFORMS[0]
+) -> None:
+    accumulation = torch.float64 if torch.float64 in (logits.dtype, target.dtype) else torch.float32
+    dense = target.is_floating_point()
+    bad = bad_rows(target, logits.shape[1], given.ignored)
+    on_device = torch.tensor(given.scale, dtype=accumulation) if given.on_device else None
+    scale, cap = 1.0 if given.on_device else given.scale, given.softcap
+    options = (on_device, scale, cap, given.ignored, given.smoothing)
+
+    targets = row_targets(target, weight, logits.shape[1], given.ignored)
+    z = logits.double().movedim(1, -1).requires_grad_()
+    p = targets.p.clone().requires_grad_() if dense else targets.p
+    s = torch.full((*z.shape[:-1], 1), given.scale, dtype=torch.float64, requires_grad=True)
+    exact = exact_planes(z, p, s, targets, given)
+
+    planes, predicted = ops().cross_entropy_rows_forward(
+        logits, target, weight, *options, given.entropy, True
+    )
+    expect_record(bad)
+    assert_near(planes, wanted_planes(exact, planes, z, targets), scale=50, message="planes")
+    check_predicted(predicted, z.detach(), targets, given)
+
+    g = torch.randn(exact.shape).to(accumulation)
+    if g[0].numel() > 1:
+        g.view(len(g), -1)[:, -1] = 0  # leaves zeros, whatever the logits are
+    looked_at = [LOG_SUM, TARGET_SUM, DOT, PICKED, ENTROPY][: len(g) - 2]
+    active = (g[looked_at] != 0).any(0) & targets.counted
+    upstream = g.double().requires_grad_()
+    inputs = (z, s, p)[: 2 + dense]
+    first = torch.autograd.grad(exact, inputs, upstream, create_graph=True)
+    # An infinite logit that a target does not rule out: there is no saying what the scale gets.
+    lost = (z.isinf() & (first[0] != 0)).any(-1)
+    size = max(1.0, float(z.detach().nan_to_num(0, 0, 0).abs().max() / 6) if z.numel() else 0.0)
+
+    def assert_gradients(
+        given: Sequence[Tensor], expected: Sequence[Tensor], message: str, scale: float
+    ) -> None:
+        """To logits, target and scale; an empty one was not asked for."""
+        for i, (actual, k) in enumerate(zip(given, (0, 2, 1), strict=True)):
+            if actual.numel() == 0:
+                continue
+            actual = actual.unsqueeze(-1) if k == 1 else actual.movedim(1, -1)
+            exact = expected[k].detach().where(~targets.bad.unsqueeze(-1), NAN)
+            exact = exact.where(active.unsqueeze(-1), 0.0)
+            if k == 1 or scale > 100:
+                exact = exact.where(~lost.unsqueeze(-1), actual.double())
+            name = ("logits", "target", "the scale")[i]
+            assert_near(
+                actual, exact, scale=scale * (10 * size if k == 1 else 1), message=f"{message} to {name}"
+            )
+
+    call = (g, planes, logits, target, weight, *options)
+    for needs in ((True, dense, True), (True, False, False), (False, dense, not dense), (False, False, True)):
+        results = ops().cross_entropy_rows_backward(*call, *needs)
+        assert [x.numel() > 0 for x in results] == [need and logits.numel() > 0 for need in needs]
+        assert_gradients(results, first, "gradient", 20)
+    expect_record(bad)
+    for need_scale in (True, False):
+        replaced = twin(logits)
+        in_place = (g, planes, replaced, target, weight, *options, dense, need_scale)
+        results = ops().cross_entropy_rows_backward_(*in_place)
+        assert_gradients((replaced, *results), first, "gradient in place", 20)
+
+    v, tau = torch.randn(logits.shape).to(logits.dtype), torch.randn((), dtype=accumulation)
+    along = v.double().movedim(1, -1)
+    for tangent, of_scale in ((v, tau), (v, None), (None, tau)):
+        total = 0.0 if tangent is None else (along * first[0]).sum()
+        total = total if of_scale is None else total + (tau.double() * first[1]).sum()
+        second = torch.autograd.grad(total, (upstream, *inputs), retain_graph=True, materialize_grads=True)
+        dots, *results = ops().cross_entropy_rows_backward_backward(
+            tangent, of_scale, *call, True, dense, True
+        )
+        expect_record(bad)
+        wanted = wanted_planes(second[0], dots, z, targets, (TARGET_SUM, TARGET_WEIGHT))
+        assert_near(dots, wanted.where(~lost, dots.double()), scale=200, message="row_dots")
+        assert_gradients(results, second[1:], "second gradient", 200)
+
+
+def wanted_planes(
+    exact: Tensor, given: Tensor, z: Tensor, targets: RowTargets, constant: tuple[int, ...] = ()
+) -> Tensor:
+    """A bad class index makes its row NaN; of a row with a NaN its dot may be any number."""
+    expected = exact.detach().clone()
+    of_bad = [k for k in range(1, len(exact)) if k not in constant]
+    expected[of_bad] = expected[of_bad].where(~targets.bad, NAN)
+    any_number = z.isnan().any(-1) & targets.counted & ~targets.bad
+    expected[DOT] = expected[DOT].where(~any_number, given[DOT].double())
+    return expected
+
+
+def check_predicted(predicted: Tensor, z: Tensor, targets: RowTargets, given: RowOptions) -> None:
+    u = given.scale * z
+    if given.softcap:
+        u = given.softcap * torch.tanh(u / given.softcap)
+    assert (predicted[~targets.counted] == -1).all()
+    counted = targets.counted.expand(predicted.shape)
+    exact = u.argmax(-1)
+    if given.scale == 1 and not given.softcap:
+        assert torch.equal(predicted[counted], exact[counted]), "predicted"
+    at = [u.gather(-1, c.clamp_min(0).unsqueeze(-1)).squeeze(-1)[counted] for c in (predicted, exact)]
+    assert_near(at[0], at[1], torch.float32, message="predicted")
+
+
+def check_rows_of_kind(
+    kind: str, logits: Tensor, given: RowOptions, other: torch.dtype | None = None, offset: int = 0
+) -> None:
+    shape, dtype = tuple(logits.shape), logits.dtype
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = shifted(torch.rand(1, shape[1], dtype=accumulation) + 0.5, offset)[0]
+    if kind == "probabilities":
+        p = shifted(probabilities(shape, other or dtype), offset)
+        check_rows(logits, p, weight, given._replace(smoothing=0.1))
+        check_rows(logits, p, None, given)
+    elif kind == "smoothed":
+        check_rows(logits, indices(shape), weight, given._replace(smoothing=0.1))
+        check_rows(logits, indices(shape).int(), None, given._replace(smoothing=0.2))
+    else:
+        check_rows(logits, indices(shape), weight if kind == "weighted" else None, given)
+
+
+def row_functions(dtype: torch.dtype) -> Iterator[Case]:
+    transforms = itertools.cycle(TRANSFORMS)
+    for way, shape in WAYS.items():
+        for kind in KINDS:
+            for given in TRANSFORMS if way in ("warp", "slices", "tiles") else [next(transforms)]:
+                yield (
+                    f"row functions, {way}, {kind}, {given}",
+                    lambda s=shape, k=kind, g=given: check_rows_of_kind(k, drawn(s, dtype), g),
+                )
+        next(transforms)
+    shapes = {"warp": (15, 70), "block": (5, 520), "tiles": (2, 11, 3, 5), "one row": (1, 5)}
     for way, shape in shapes.items():
+        yield (
+            f"row functions, two dtypes, {way}",
+            lambda s=shape: check_rows_of_kind("probabilities", drawn(s, dtype), TRANSFORMS[3], OTHER[dtype]),
+        )
+    for classes in (9, 530):
         for kind in KINDS:
             yield (
-                f"second derivative, {way}, {kind}",
-                lambda s=shape, k=kind: check_kind(k, drawn(s, dtype), second=True, reductions=(NONE,)),
+                f"row functions, classes apart, {classes}, {kind}",
+                lambda c=classes, k=kind: check_rows_of_kind(k, drawn((c, 5), dtype).t(), TRANSFORMS[3]),
             )
+
+
+def row_remainders(dtype: torch.dtype) -> Iterator[Case]:
+    """Rows that begin and end at any element of a pack."""
+    width = 16 // dtype.itemsize
+
+    def check(classes: int, offset: int, gap: int, kind: str) -> None:
+        logits = shifted(drawn((3, classes), dtype), offset, gap)
+        check_rows_of_kind(kind, logits, TRANSFORMS[1 + 2 * (classes % 2)], offset=offset)
+
+    for offset in range(width):
+        for remainder in range(width):
+            kind = KINDS[(offset + remainder) % len(KINDS)]
+            classes = (remainder + 1, 128 + remainder, 520 + 8 * width + remainder)[(offset + remainder) % 3]
+            gap = width + (-classes) % width if remainder % 2 else 1
+            yield (
+                f"row functions, offset {offset} of {width}, {classes} classes, gap {gap}, {kind}",
+                lambda c=classes, o=offset, g=gap, k=kind: check(c, o, g, k),
+            )
+    for kind in KINDS:
+        for classes in (33, 300, 2600):
+            yield (
+                f"row functions, aligned rows, a pack apart, {classes} classes, {kind}",
+                lambda c=classes, k=kind: check(c + (-c) % width, 0, width, k),
+            )
+
+
+def row_edges(dtype: torch.dtype) -> Iterator[Case]:
+    def infinite(shape: tuple[int, ...], given: RowOptions) -> None:
+        """Rows of -inf alone, at the start, at the end, all but the target; two NaN; infinity."""
+        logits, target = drawn((7, *shape[1:]), dtype), indices((7, *shape[1:]))
+        target[1] = target[0]
+        logits[0] = -INF
+        logits[1, 0] = -INF
+        logits[1, 1:-1] = -INF if shape[1] > 2 else 0
+        logits[2, : shape[1] // 2] = -INF
+        logits[3, shape[1] // 2 :] = -INF
+        logits[4, shape[1] // 3] = NAN
+        logits[4, -1] = NAN
+        logits[5, shape[1] // 2] = INF
+        check_rows(logits, target, None, given)
+
+    def bad(shape: tuple[int, ...], given: RowOptions) -> None:
+        target = indices(shape)
+        flat = target.view(-1)
+        flat[flat.numel() // 2] = shape[1]
+        flat[0] = -2
+        check_rows(drawn(shape, dtype), target, None, given)
+
+    def ignored(shape: tuple[int, ...], given: RowOptions) -> None:
+        """What is in an ignored row, or in one that no gradient reaches, reaches nothing."""
+        logits, target = drawn(shape, dtype), indices(shape)
+        target[0] = 255
+        logits[0] = NAN
+        check_rows(logits, target, None, given._replace(ignored=255))
+        check_rows(logits, torch.full_like(target, 255), None, given._replace(ignored=255))
+
+    shapes = {"short rows": (9, 5), **FEW_ROWS, "tiles": (6, 5, 3, 3), "tiles, lanes": (6, 40, 2, 5)}
+    for i, (way, shape) in enumerate(shapes.items()):
+        for j, smoothing in enumerate((0.0, 0.1)):
+            for cap in (0.0, 5.0):
+                given = RowOptions(softcap=cap, entropy=(i + j) % 2 == 0, smoothing=smoothing)
+                suffix = f"{way}, {given}"
+                yield f"row functions, -inf, {suffix}", lambda s=shape, g=given: infinite(s, g)
+            yield f"row functions, bad target, {suffix}", lambda s=shape, g=given: bad(s, g)
+            yield f"row functions, ignored, {suffix}", lambda s=shape, g=given: ignored(s, g)
+    for shape in ((0, 5), (0, 5, 3)):
+        yield (
+            f"row functions, no rows, {shape}",
+            lambda s=shape: check_rows(
+                drawn(s, dtype), torch.zeros(s[0], *s[2:], dtype=torch.int64), None, TRANSFORMS[3]
+            ),
+        )
+
+    def no_classes() -> None:
+        logits = drawn((3, 0), dtype)
+        planes, predicted = ops().cross_entropy_rows_forward(
+            logits, logits, None, None, 1.0, 2.0, IGNORED, 0.0, True, True
+        )
+        assert_near(planes, torch.zeros(7, 3), message="planes")
+        assert (predicted == -1).all()
+        call = (torch.ones_like(planes), planes, logits, logits, None, None, 1.0, 2.0, IGNORED, 0.0)
+        results = ops().cross_entropy_rows_backward(*call, True, True, True)
+        assert_near(results[2], torch.zeros(3), message="grad_scale")
+
+    yield "row functions, no classes", no_classes
+
+    def descending() -> None:
+        """The maximum is raised, or never again, and far: what was summed up before counts for nothing."""
+        for classes in (5, 37, 300, 2600):
+            rising = torch.linspace(-60, 60, classes)
+            logits = torch.stack([rising, rising.flip(0)]).to(dtype)
+            given = RowOptions(entropy=True)
+            check_rows_of_kind("probabilities", logits, given)
+            tiled = logits.view(2, classes, 1, 1).expand(2, classes, 3, 3).contiguous()
+            check_rows_of_kind("smoothed", tiled, given)
+
+    yield "row functions, rising and falling logits", descending
+    for classes in (7, 40, 300, 1800, 20_483):
+        yield f"row functions, the largest of {classes}", lambda c=classes: every_largest(c, dtype)
+
+
+def every_largest(classes: int, dtype: torch.dtype) -> None:
+    """The first of two that are alike, and of two NaN, is what argmax finds, wherever the two are."""
+    places = sorted({0, classes - 1, *range(0, classes, max(1, classes // 37)), *range(511, classes, 512)})
+    firsts = torch.tensor(places)
+    for value in (9.0, NAN, INF):
+        logits = torch.randn(len(places), classes).to(dtype)
+        seconds = (firsts + torch.randint(1, classes, firsts.shape)).clamp_max(classes - 1)
+        for at in (firsts, seconds):
+            logits.scatter_(1, at.unsqueeze(1), value)
+        for layout in (logits, logits.view(1, -1, classes).transpose(1, 2).contiguous()):
+            rows, predicted = ops().cross_entropy_rows_forward(
+                layout, torch.zeros_like(firsts).view(layout.shape[0], *layout.shape[2:]), None, None,
+                1.0, 0.0, IGNORED, 0.0, False, True,
+            )  # fmt: skip
+            del rows
+            assert torch.equal(predicted.view(-1), firsts), f"the largest is {value}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,9 +863,11 @@ def shared(dtype: torch.dtype) -> Iterator[Case]:
         yield f"{way}, shared", lambda s=shape: check_kind("index", drawn(s, dtype), reductions=(MEAN,))
         yield (
             f"{way}, shared, weights of classes",
-            lambda s=shape: check_cross_entropy(
-                drawn(s, dtype), probabilities(s, dtype), reductions=(MEAN,), second=True
-            ),
+            lambda s=shape: check_cross_entropy(drawn(s, dtype), probabilities(s, dtype), reductions=(MEAN,)),
+        )
+        yield (
+            f"row functions, {way}, shared",
+            lambda s=shape: check_rows_of_kind("weighted", drawn(s, dtype), TRANSFORMS[3]),
         )
     yield (
         "more rows than a chunk, shared",
@@ -571,9 +877,11 @@ def shared(dtype: torch.dtype) -> Iterator[Case]:
     for classes in (7, 37, 300):
         yield (
             f"bad targets of {classes}, all at once",
-            lambda c=classes: check_cross_entropy(
-                drawn((69, c), dtype), target, reductions=(NONE,), second=c < 300
-            ),
+            lambda c=classes: check_cross_entropy(drawn((69, c), dtype), target, reductions=(NONE,)),
+        )
+        yield (
+            f"row functions, bad targets of {classes}, all at once",
+            lambda c=classes: check_rows(drawn((69, c), dtype), target, None, TRANSFORMS[1]),
         )
     yield (
         "bad targets, side by side",
@@ -591,7 +899,20 @@ def shared(dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-GROUPS = {f.__name__: f for f in (ways, mixed, every_remainder, edges, shared, second_derivatives, mse)}
+GROUPS = {
+    f.__name__: f
+    for f in (
+        ways,
+        mixed,
+        every_remainder,
+        edges,
+        row_functions,
+        row_remainders,
+        row_edges,
+        shared,
+        mse,
+    )
+}
 
 
 def failures(dtype: torch.dtype, groups: Sequence[str], only: str = "") -> Iterator[str]:

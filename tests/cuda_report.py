@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,10 @@ SHORT_ROWS_BYTES = {"float16": 128 * 132, "bfloat16": 128 * 132, "float32": 128 
 
 BELOW_HALF = {
     "a": "numbers of twice the size: a quarter of the threads, `kResident`",
-    "b": "with target weights or a tangent there are twice the loads in flight: `kResident`",
+    "b": "with target weights there are twice the loads in flight: `kResident`",
     "c": "four packs of 16-bit logits in flight and the sums of one: `kResidentForward`, `kResidentTiles`",
     "d": "each thread has a pack of rows, with the scalars of each: `kResident<A, true>`",
+    "e": "row functions have more sums and scalars a row, and transform each logit: `kResidentPlanes`",
 }
 
 
@@ -226,13 +227,12 @@ def describe(name: str) -> Kernel:
         return Kernel(
             (0, not forward, 2, 0, 0, rank), text, dtype, "a" if double else "", SHORT_ROWS_BYTES[dtype]
         )
-    if function in ("tangent_moments", "curvature"):
-        text = f"cross-entropy second derivative, {function.replace('_', ' ')} {LANES[numbers[0]]}"
-        return Kernel(
-            (0, 2, function == "curvature", 0, -int(numbers[0]), double), text, dtype, "a" if double else "b"
-        )
     if function == "join_slices":
         return Kernel((0, 3, 0, 0, 0, double), "cross-entropy, slices of rows joined", dtype, "a" * double)
+    if (kernel := describe_row_functions(function, words, numbers)) is not None:
+        order, text = kernel
+        dynamic_shared = SHORT_ROWS_BYTES[dtype] if text.endswith("short rows") else 0
+        return Kernel((0, 4, *order, rank), text, dtype, "a" if double else "e", dynamic_shared)
     if function in ("forward_packs", "backward_packs"):
         plain, masked = (words[number] for number in numbers)
         text = f"MSE {function.split('_')[0]}, packs" + (", mask" if masked else "" if plain else ", weights")
@@ -244,6 +244,30 @@ def describe(name: str) -> Kernel:
     if function == "reduce_blocks":
         return Kernel((2, 0, 0, 0, 0, 0), "both, sums of blocks added up", "any", "")
     raise ReportError(f"tests/cuda_report.py does not know the kernel {name}; add it to describe()")
+
+
+def describe_row_functions(
+    function: str, words: dict[str, bool], numbers: list[str]
+) -> tuple[tuple[int, ...], str] | None:
+    """Order and name, or None for the kernel of another loss."""
+    if function in ("planes_of_rows", "gradient_of_rows"):
+        backward, dense = function == "gradient_of_rows", words[numbers[1]]
+        text = f"row functions {'backward' if backward else 'forward'}, rows {LANES[numbers[0]]}"
+        return (backward, 0, -int(numbers[0]), dense), text + (", target weights" if dense else "")
+    if function in ("planes_of_tiles", "gradient_of_tiles"):
+        backward, short = function == "gradient_of_tiles", words[numbers[0]]
+        text = f"row functions {'backward' if backward else 'forward'}, "
+        return (backward, 1, short, 0), text + ("short rows" if short else "tiles of rows")
+    if function in ("tangent_sums", "second_products"):
+        products = function == "second_products"
+        text = f"row functions second derivative, {function.replace('_', ' ')} {LANES[numbers[0]]}"
+        return (2, products, -int(numbers[0]), 0), text
+    names = {"join_planes": "slices of rows joined", "add_slices": "slices of the scale's gradient added up"}
+    return (
+        ((3, function == "add_slices", 0, 0), f"row functions, {names[function]}")
+        if function in names
+        else None
+    )
 
 
 SHOWN = {"bfloat16", "float32", "any"}  # the others' kernels are in a table of their own
@@ -335,6 +359,7 @@ class Case:
     shape: tuple[int, ...]
     offset: tuple[int, int] = (0, 0)  # elements from an aligned address, of the input and of the target
     probabilities: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
     mask: tuple[int, ...] = ()  # its shape, if there is one
     larger: str = ""
     times: int = 0
@@ -351,15 +376,16 @@ class Case:
         if self.mask:
             return self.loss(input, draw(self.offset[1]), mask=torch.rand(self.mask) < 0.7)
         if self.loss.__name__ == "mse_loss" or self.probabilities:
-            return self.loss(input, draw(self.offset[1]))
+            return self.loss(input, draw(self.offset[1]), **self.options)
         classes = self.shape[1]
-        return self.loss(input, torch.randint(0, classes, (self.shape[0], *self.shape[2:])))
+        return self.loss(input, torch.randint(0, classes, (self.shape[0], *self.shape[2:])), **self.options)
 
 
 def cases() -> dict[str, Case]:
     from lossops.functional import cross_entropy, mse_loss
 
     many = 1 << 20
+    capped: dict[str, Any] = {"softcap": 30.0, "z_loss": 1e-4}
     return {
         "64 x 32768": Case(cross_entropy, (64, 32768), larger="8192 x 32768", times=128),
         "64 x 32767, rows unaligned": Case(cross_entropy, (64, 32767)),
@@ -369,6 +395,13 @@ def cases() -> dict[str, Case]:
         "2 x 21 x 64 x 64, an image": Case(cross_entropy, (2, 21, 64, 64)),
         "1 x 3 x 480 x 640, a larger image": Case(cross_entropy, (1, 3, 480, 640)),
         "64 x 4096, probabilities": Case(cross_entropy, (64, 4096), probabilities=True),
+        "64 x 32768, capped": Case(
+            cross_entropy, (64, 32768), options=capped, larger="8192 x 32768, capped", times=128
+        ),
+        "64 x 32767, capped, rows unaligned": Case(cross_entropy, (64, 32767), options=capped),
+        "512 x 1000, capped": Case(cross_entropy, (512, 1000), options=capped),
+        "4096 x 10, capped": Case(cross_entropy, (4096, 10), options=capped),
+        "2 x 21 x 64 x 64, an image, capped": Case(cross_entropy, (2, 21, 64, 64), options=capped),
         "MSE, 2^20": Case(mse_loss, (many,), larger="MSE, 2^28", times=256),
         "MSE, 2^20, a mask": Case(mse_loss, (many,), mask=(many,), larger="MSE, 2^28, a mask", times=256),
         "MSE, 2^20, both one element off": Case(mse_loss, (many,), offset=(1, 1)),
@@ -412,7 +445,7 @@ def measure_traffic() -> Iterator[Traffic]:
                 Traffic(
                     self.case,
                     self.dtype,
-                    func.__name__.split(".")[0].rsplit("_", 1)[1],
+                    "backward" if "_backward" in func.__name__ else "forward",
                     math.ceil(sectors_of([args, kwargs, result])),
                     sum(site.sectors for site in moved if not site.is_store),
                     sum(site.sectors for site in moved if site.is_store),

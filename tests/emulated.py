@@ -39,7 +39,7 @@ def load(flavour: str = "plain") -> Path:
         library = build_library(
             CACHE / f"{OPS}_{flavour}.so",
             sorted(CSRC.glob("cuda/*.cu")),
-            [CSRC / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp")],
+            [CSRC / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp", "trace.cpp")],
             flavour=flavour,
             include=include_paths(),
             define=[

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    CROSS_ENTROPY,
     LOSSES,
     MSE,
     REDUCTIONS,
@@ -479,7 +478,7 @@ def test_saves_inputs_and_nothing_of_their_size(variant: Variant) -> None:
         call.bind(variant.loss.function)(*leaves).backward()
     assert saved
     fresh = [t for t in saved if t.data_ptr() not in inputs]
-    assert sum(t.numel() for t in fresh) <= 3 * 64 + 1
+    assert sum(t.numel() for t in fresh) <= variant.loss.saved_per_row * 64 + 1
 
 
 @each_variant
@@ -524,7 +523,7 @@ def test_autocast_makes_no_float32_copy(variant: Variant) -> None:
         call.bind(variant.loss.function)(*leaves)
     assert profile.events()
     assert not {"aten::to", "aten::_to_copy"} & {event.name for event in profile.events() if event.name} or (
-        variant.loss is CROSS_ENTROPY and variant.weighted  # C class weights in float32
+        variant.loss is not MSE and variant.weighted  # C class weights, N row weights in float32
     )
 
 
@@ -588,10 +587,9 @@ def test_compile_traces_every_reduction(variant: Variant, reduction: str) -> Non
     actual = value_and_gradients(compiled, call.leaves())
     expected = value_and_gradients(function, call.leaves())
     assert all(map(torch.equal, actual, expected))
-    name = variant.loss.function.__name__.removesuffix("_loss")
     assert len(graphs) == 2
-    assert f"lossops.{name}_forward" in graphs[0]
-    assert f"lossops.{name}_backward" in graphs[1]
+    assert f"lossops.{variant.loss.ops}_forward" in graphs[0]
+    assert f"lossops.{variant.loss.ops}_backward" in graphs[1]
 
 
 @each_variant
@@ -728,13 +726,10 @@ def op_arguments() -> list[tuple[str, str, tuple[Any, ...]]]:
                 (rows, logits, target, weight, stats, None, -100, smoothing, False, False),
             )
         )
-        cases.append(
-            (
-                name,
-                "cross_entropy_backward_backward",
-                (torch.randn(6, 9), rows, logits, target, weight, stats, *options),
-            )
-        )
+        cases += [
+            (f"{name}-{n}", op, arguments)
+            for n, op, arguments in rows_arguments(logits, target, weight, smoothing)
+        ]
     x, y, w = torch.randn(6, 9), torch.randn(9, 6).T, torch.rand(6, 9)
     rows = (torch.rand(6, 1) < 0.5).expand(6, 9)
     for name, weight, mask in (
@@ -758,6 +753,35 @@ def op_arguments() -> list[tuple[str, str, tuple[Any, ...]]]:
             )
         cases.append((f"{name}-each", "mse_backward", (x, x, y, weight, mask, None, True, True)))
     cases.append(("no tensors", "check_async_errors", ()))
+    return cases
+
+
+def rows_arguments(
+    logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
+) -> list[tuple[str, str, tuple[Any, ...]]]:
+    """The ops of the row functions, with and without what they may leave out."""
+    needs = True, target.is_floating_point(), True
+    tensors, cases = (logits, target, weight), []
+    for name, scale, cap, planes in (("capped", torch.tensor(0.7), 2.0, 7), ("plain", None, 0.0, 6)):
+        options = scale, 1.0, cap, -100, smoothing
+        rows, upstream = torch.rand(planes, 6), torch.randn(planes, 6)
+        saved = upstream, rows, *tensors, *options
+        cases += [
+            (name, "cross_entropy_rows_forward", (*tensors, *options, planes == 7, planes == 7)),
+            (name, "cross_entropy_rows_backward", (*saved, *needs)),
+            (f"{name}-nothing", "cross_entropy_rows_backward", (*saved, False, False, False)),
+            (name, "cross_entropy_rows_backward_", (*saved, *needs[1:])),
+            (
+                name,
+                "cross_entropy_rows_backward_backward",
+                (torch.randn(6, 9), torch.tensor(0.3), *saved, *needs),
+            ),
+            (
+                f"{name}-nothing",
+                "cross_entropy_rows_backward_backward",
+                (None, None, *saved, False, False, False),
+            ),
+        ]
     return cases
 
 
@@ -789,16 +813,16 @@ def test_signatures_are_torchs(loss: Loss) -> None:
     def parameters(function: Callable[..., Any]) -> list[tuple[Any, ...]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
-    def torchs_and_more(ours: Callable[..., Any], torchs: Callable[..., Any]) -> bool:
-        """Whether all that is ours alone is optional and has to be named."""
-        more = parameters(ours)[len(parameters(torchs)) :]
-        return parameters(ours)[: len(parameters(torchs))] == parameters(torchs) and all(
-            kind is inspect.Parameter.KEYWORD_ONLY and default is None for _, kind, default in more
-        )
+    def assert_extends(ours: Callable[..., Any], torchs: Callable[..., Any]) -> None:
+        expected, given = parameters(torchs), parameters(ours)
+        assert given[: len(expected)] == expected
+        extra = given[len(expected) :]  # may be left out, and are out of the way of torch's to come
+        assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in extra)
+        assert all(default is not inspect.Parameter.empty for _, _, default in extra)
 
-    assert torchs_and_more(loss.function, loss.torch_function)
-    assert parameters(loss.module) == parameters(loss.torch_module)
-    assert torchs_and_more(loss.module.forward, loss.torch_module.forward)
+    assert_extends(loss.function, loss.torch_function)
+    assert_extends(loss.module, loss.torch_module)
+    assert_extends(loss.module.forward, loss.torch_module.forward)
     assert loss.function.__name__ == loss.torch_function.__name__
     assert loss.module.__name__ == loss.torch_module.__name__
 
@@ -911,6 +935,7 @@ def test_nothing_is_accepted_that_is_no_tensor(variant: Variant) -> None:
             with pytest.raises(TypeError, match="to be a Tensor"):
                 variant.loss.function(*broken, **call.options)
     names = {"weight", *(name for name, option in call.options.items() if isinstance(option, Tensor))}
+    names.discard("logit_scale")  # may be a number
     for wrong, name in itertools.product((1.0, [1.0], "x"), sorted(names)):
         with pytest.raises(TypeError, match="to be a Tensor"):
             variant.loss.function(*arguments, **{**call.options, name: wrong})

@@ -793,7 +793,7 @@ def test_errors_name_the_op(device: str) -> None:
 
 ops = torch.ops.lossops
 one, rows4 = torch.ones(()), torch.rand(4)
-stats2, stats3 = torch.zeros(2, 4), torch.zeros(3, 4)
+stats2, stats3, planes6 = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(6, 4)
 normalizer = torch.tensor(4.0, dtype=torch.float64)
 
 
@@ -818,18 +818,34 @@ def backward(
     )
 
 
-def twice(
-    tangent: Any = x45,
-    grad: Any = rows4,
+def rows(
+    grad: Any = None,
+    planes: Any = planes6,
     logits: Any = x45,
     target: Any = y4,
     weight: Any = None,
-    stats: Any = stats2,
+    scale: Any = None,
+    cap: float = 0.0,
     smoothing: Any = 0.0,
     need_target: bool = False,
 ) -> Callable[[], Any]:
-    return lambda: ops.cross_entropy_backward_backward(
-        *here((tangent, grad, logits, target, weight, stats)), -100, smoothing, True, need_target
+    saved = torch.ones(6, 4) if grad is None else grad, planes, logits, target, weight, scale
+    options = 1.0, cap, -100, smoothing
+    return lambda: ops.cross_entropy_rows_backward(*here(saved), *options, True, need_target, False)
+
+
+def rows_forward(
+    logits: Any = x45, target: Any = y4, weight: Any = None, scale: Any = None, cap: float = 0.0
+) -> Callable[[], Any]:
+    tensors = logits, target, weight, scale
+    return lambda: ops.cross_entropy_rows_forward(*here(tensors), 1.0, cap, -100, 0.0, True, True)
+
+
+def twice(tangent: Any = x45, tau: Any = one, **given: Any) -> Callable[[], Any]:
+    saved = torch.ones(6, 4), torch.zeros(6, 4), x45, given.get("target", y4), None, given.get("scale")
+    needs = True, given.get("need_target", False), True
+    return lambda: ops.cross_entropy_rows_backward_backward(
+        *here((tangent, tau, *saved)), 1.0, 0.0, -100, 0.0, *needs
     )
 
 
@@ -880,16 +896,35 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "backward: smoothing": backward(smoothing=7.0),
     "backward: target of other rows": backward(target=y4[:2]),
     "backward: sparse": backward(logits=x45.to_sparse()),
+    "rows: out of range": rows_forward(target=y4 + 9),
+    "rows: target": rows_forward(target=y4[:2]),
+    "rows: weight": rows_forward(weight=torch.rand(4)),
+    "rows: cap below 0": rows_forward(cap=-1.0),
+    "rows: infinite cap": rows_forward(cap=INF),
+    "rows: NaN as a cap": rows_forward(cap=NAN),
+    "rows: scale of shape (1)": rows_forward(scale=torch.ones(1)),
+    "rows: scale in float64": rows_forward(scale=one.double()),
+    "rows: scale's device": rows_forward(scale=one.to("meta")),
+    "rows: integer logits": rows_forward(x45.long()),
+    "rows backward: out of range": rows(target=y4 + 9),
+    "rows backward: negative target": rows(target=y4 - 5),
+    "rows backward: two planes": rows(planes=torch.zeros(2, 4)),
+    "rows backward: eight planes": rows(torch.ones(8, 4), torch.zeros(8, 4)),
+    "rows backward: planes of 3 rows": rows(planes=torch.zeros(6, 3)),
+    "rows backward: planes without rows": rows(planes=torch.zeros(6)),
+    "rows backward: planes without dimensions": rows(planes=one),
+    "rows backward: planes in float64": rows(planes=torch.zeros(6, 4).double()),
+    "rows backward: gradient of 7 planes": rows(torch.ones(7, 4)),
+    "rows backward: gradient in float16": rows(torch.ones(6, 4).half()),
+    "rows backward: gradient's device": rows(torch.ones(6, 4, device="meta")),
+    "rows backward: gradient of an index": rows(need_target=True),
     "twice: tangent of another shape": twice(x45[:, :3]),
     "twice: tangent of one row": twice(x45[:1]),
     "twice: tangent flat": twice(x45.flatten()),
     "twice: integer tangent": twice(x45.long()),
     "twice: tangent's device": twice(x45.to("meta")),
-    "twice: gradient of 3 rows": twice(grad=rows4[:3]),
-    "twice: integer gradient": twice(grad=rows4.long()),
-    "twice: stats without S": twice(smoothing=0.1),
-    "twice: stats of too few rows": twice(stats=torch.zeros(2, 3)),
-    "twice: stats in float64": twice(stats=stats2.double()),
+    "twice: scale's tangent of shape (1)": twice(tau=torch.ones(1)),
+    "twice: integer scale's tangent": twice(tau=one.long()),
     "twice: gradient of an index": twice(need_target=True),
     "twice: out of range": twice(target=y4 + 9),
 }

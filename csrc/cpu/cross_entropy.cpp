@@ -1,7 +1,4 @@
-#include "../cross_entropy.h"
-
-#include "isa.h"
-#include "parallel.h"
+#include "chunks.h"
 
 #define LOSSOPS_KERNELS "cross_entropy.inl"
 #include "foreach_isa.h"
@@ -9,29 +6,16 @@
 namespace lossops::cpu {
 namespace {
 
-// Rows of a unit of work: enough elements to make its start-up nothing, few enough to share out.
-constexpr int64_t kElementsPerUnit = 16384;
-
-// Fewer rows than kFewRows are cut across their classes too, into pieces of at least kChunk.
-constexpr int64_t kFewRows = 16, kChunk = 32768, kMaxChunks = 64;
-
-struct Chunks {
-  int64_t classes, size, per_row;
-
-  explicit Chunks(const CrossEntropyProblem& a)
-      : classes(a.classes), size(std::max(kChunk, (a.classes + kMaxChunks - 1) / kMaxChunks)), per_row(1) {
-    const bool along_rows = a.logits.class_stride == 1;
-    if (along_rows && a.rows.count < kFewRows) per_row = std::max<int64_t>(1, (classes + size - 1) / size);
-  }
-  int64_t begin(int64_t chunk) const {
-    return chunk * size;
-  }
-  int64_t end(int64_t chunk) const {
-    return std::min(classes, begin(chunk) + size);
-  }
-};
-
 constexpr int64_t kStateBytes = 4 * sizeof(double);
+
+template <class Call>
+void trace_rows(const char* kernel, Isa isa, const Call& a, bool flat) {
+  const Units units(a.rows.count, a.classes, kElementsPerUnit);
+  trace(kernel, isa, units, a.classes, [&]() -> std::string {
+    if (baseline::along_rows(a)) return "along each row";
+    return flat ? "short rows as they lie" : "across tiles of neighbouring rows";
+  });
+}
 
 } // namespace
 
@@ -42,11 +26,10 @@ void launch(const CrossEntropyForward& a) {
   int64_t sums = 0;
   if (chunks.per_row > 1) {
     alignas(double) char states[kFewRows * kMaxChunks * kStateBytes];
-    const Units pieces(a.rows.count * chunks.per_row, chunks.size, chunks.size);
-    parallel_for_units(pieces, chunks.size, [&](int64_t piece) {
-      const int64_t row = piece / chunks.per_row, chunk = piece % chunks.per_row;
+    trace_chunks("cross_entropy_forward", isa, a.rows.count, chunks);
+    for_each_chunk(a.rows.count, chunks, [&](int64_t row, int64_t chunk) {
       LOSSOPS_CALL(forward_chunk, a, row, chunks.begin(chunk), chunks.end(chunk),
-                   states + piece * kStateBytes);
+                   states + (row * chunks.per_row + chunk) * kStateBytes);
     });
     for (int64_t row = 0; row < a.rows.count; ++row) {
       const char* of_row = states + row * chunks.per_row * kStateBytes;
@@ -55,6 +38,7 @@ void launch(const CrossEntropyForward& a) {
     }
     sums = a.rows.count;
   } else {
+    trace_rows("cross_entropy_forward", isa, a, false);
     const Units units(a.rows.count, a.classes, kElementsPerUnit);
     parallel_for_units(units, a.classes, [&](int64_t unit) {
       loss[unit] = weight[unit] = 0;
@@ -76,24 +60,16 @@ void launch(const CrossEntropyBackward& a) {
   const Isa isa = active_isa();
   const Chunks chunks(a);
   if (chunks.per_row > 1) {
-    const Units pieces(a.rows.count * chunks.per_row, chunks.size, chunks.size);
-    parallel_for_units(pieces, chunks.size, [&](int64_t piece) {
-      const int64_t row = piece / chunks.per_row, chunk = piece % chunks.per_row;
+    trace_chunks("cross_entropy_backward", isa, a.rows.count, chunks);
+    for_each_chunk(a.rows.count, chunks, [&](int64_t row, int64_t chunk) {
       LOSSOPS_CALL(backward_chunk, a, row, chunks.begin(chunk), chunks.end(chunk));
     });
     return;
   }
+  trace_rows("cross_entropy_backward", isa, a, baseline::is_flat(a));
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(backward_range, a, units.begin(unit), units.end(unit));
-  });
-}
-
-void launch(const CrossEntropyBackwardBackward& a) {
-  const Isa isa = active_isa();
-  const Units units(a.rows.count, a.classes, kElementsPerUnit);
-  parallel_for_units(units, a.classes, [&](int64_t unit) {
-    LOSSOPS_CALL(backward_backward_range, a, units.begin(unit), units.end(unit));
   });
 }
 

@@ -266,21 +266,6 @@ LOSSOPS_INLINE void target_gradient(const A* z, int64_t n, Row max, Row log_sum,
     dp[i] = grad[i] == 0 ? A(0) : grad[i] * keep * w[i] * (log_sum[i] - (z[i] - max[i]));
 }
 
-// dz = g*S*softmax*(v - mean), dp = g*keep*w*(mean - v): along the tangent v of softmax mean `mean`.
-template <class A, class Row>
-LOSSOPS_INLINE void logit_curvature(const A* z, const A* v, int64_t n, Row max, Row log_sum, Row grad_sum,
-                                    Row mean, A* dz) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    dz[i] = grad_sum[i] == 0 ? A(0) : grad_sum[i] * exp((z[i] - max[i]) - log_sum[i]) * (v[i] - mean[i]);
-}
-
-template <class A, class Row, class Weight>
-LOSSOPS_INLINE void target_curvature(const A* v, int64_t n, Row grad, Row mean, Weight w, A keep, A* dp) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dp[i] = grad[i] * keep * w[i] * (mean[i] - v[i]);
-}
-
 template <class A>
 void zero_classes(const ClassTensor& out, int64_t offset, int64_t c0, int64_t c1) {
   for (int64_t c = c0; c < c1; ++c) store_one(out.dtype, A(0), out.data, offset + c * out.class_stride);
@@ -331,86 +316,6 @@ void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, i
       if (0 <= y && y < n) dz[y] -= r.grad * smoothing.keep * r.target.weight;
     }
     store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, stride, n);
-  }
-}
-
-template <bool kProbabilities, class A, class Weight>
-LOSSOPS_INLINE void block_moments(const A* z, const A* v, const A* p, Weight w, int64_t n, A max, A log_sum,
-                                  Smoothing<A> s, A& mean, A& target_dot) {
-  A mean_part = 0, dot_part = 0;
-#pragma omp simd reduction(+ : mean_part, dot_part)
-  for (int64_t i = 0; i < n; ++i) {
-    mean_part += exp((z[i] - max) - log_sum) * v[i];
-    dot_part += target_weight<kProbabilities, A>(w[i], p, i, s) * v[i];
-  }
-  mean += mean_part;
-  target_dot += dot_part;
-}
-
-// Two passes over the row: the tangent's means, then the products; the second finds the row in cache.
-template <class A>
-void backward_backward_row(const CrossEntropyBackwardBackward& a, const int64_t* o) {
-  alignas(64) A z_buffer[kBlock], v_buffer[kBlock], p_buffer[kBlock], out_buffer[kBlock];
-  const Smoothing<A> smoothing(a);
-  const RowGradient<A> r = row_gradient<A>(a, o);
-  A* row_dot = static_cast<A*>(a.row_dot) + o[kRow];
-  if (!r.target.counted) {
-    *row_dot = 0;
-    if (a.grad_logits.data != nullptr) zero_classes<A>(a.grad_logits, o[kGradLogits], 0, a.classes);
-    return;
-  }
-  const auto load_logits = [&](int64_t c, int64_t n) {
-    return load(a.logits.dtype, a.logits.data, o[kLogits] + c * a.logits.class_stride, a.logits.class_stride,
-                n, z_buffer);
-  };
-  const auto load_tangent = [&](int64_t c, int64_t n) {
-    return load(a.tangent.dtype, a.tangent.data, o[kTangent] + c * a.tangent.class_stride,
-                a.tangent.class_stride, n, v_buffer);
-  };
-  const A* weight = static_cast<const A*>(a.weight);
-  A mean = 0, target_dot = 0;
-  for (int64_t c = 0; c < a.classes; c += kBlock) {
-    const int64_t n = std::min(kBlock, a.classes - c);
-    const A *z = load_logits(c, n), *v = load_tangent(c, n);
-    if (!a.index_target()) {
-      const A* p = load(a.target.dtype, a.target.data, o[kTarget] + c * a.target.class_stride,
-                        a.target.class_stride, n, p_buffer);
-      if (weight != nullptr)
-        block_moments<true>(z, v, p, weight + c, n, r.max, r.log_sum, smoothing, mean, target_dot);
-      else
-        block_moments<true>(z, v, p, Uniform<A>{1}, n, r.max, r.log_sum, smoothing, mean, target_dot);
-    } else {
-      if (weight != nullptr)
-        block_moments<false, A>(z, v, nullptr, weight + c, n, r.max, r.log_sum, smoothing, mean, target_dot);
-      else
-        block_moments<false, A>(z, v, nullptr, Uniform<A>{1}, n, r.max, r.log_sum, smoothing, mean,
-                                target_dot);
-      const int64_t y = r.target.index - c;
-      if (0 <= y && y < n) target_dot += smoothing.keep * r.target.weight * v[y];
-    }
-  }
-  *row_dot = r.target_sum * mean - target_dot;
-  const Uniform<A> max{r.max}, log_sum{r.log_sum}, grad{r.grad}, grad_sum{r.grad * r.target_sum},
-      mean_v{mean};
-  for (int64_t c = 0; c < a.classes; c += kBlock) {
-    const int64_t n = std::min(kBlock, a.classes - c);
-    if (a.grad_logits.data != nullptr) {
-      const A *z = load_logits(c, n), *v = load_tangent(c, n);
-      const int64_t stride = a.grad_logits.class_stride, offset = o[kGradLogits] + c * stride;
-      A* dz = destination(a.grad_logits.dtype, a.grad_logits.data, offset, stride, out_buffer);
-      logit_curvature(z, v, n, max, log_sum, grad_sum, mean_v, dz);
-      store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, stride, n);
-    }
-    if (a.grad_target.data != nullptr) {
-      const A* v = load_tangent(c, n);
-      const int64_t stride = a.grad_target.class_stride, offset = o[kGradTarget] + c * stride;
-      A* dp = destination(a.grad_target.dtype, a.grad_target.data, offset, stride, out_buffer);
-      if (weight != nullptr)
-        target_curvature(v, n, grad, mean_v, weight + c, smoothing.keep, dp);
-      else
-        target_curvature(v, n, grad, mean_v, Uniform<A>{1}, smoothing.keep, dp);
-      store(a.grad_target.dtype, dp, a.grad_target.data, offset, stride, n);
-    }
   }
 }
 
@@ -831,12 +736,5 @@ void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
   for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
     if (!rows) return flat ? backward_flat<A>(a, o, n) : backward_tile<A>(a, o, n);
     for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_row<A>(a, at, 0, a.classes); });
-  });
-}
-
-template <class A>
-void backward_backward_range(const CrossEntropyBackwardBackward& a, int64_t begin, int64_t end) {
-  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
-    for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_backward_row<A>(a, at); });
   });
 }

@@ -1,24 +1,34 @@
-// Large fresh buffers on the CPU.
+// Large fresh buffers on the CPU: huge pages, and a few blocks kept for the next step.
+//
+// A gradient of the logits' size is made and given back in every step of a training. Were it mapped anew each
+// time, the kernel of the operating system would have to clear its pages, which takes longer than the kernel
+// that fills them. Blocks that are kept are marked as free (MADV_FREE): where memory runs short, the system
+// takes their pages without asking, and the block is as good as new.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace lossops::cpu {
 
-// Asks for 2 MiB pages under a fresh buffer, before anything touches it: first touches in 4 KiB
-// pages cost more than the kernel that makes them. Only whole huge pages inside the buffer.
-inline void use_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  if (bytes < static_cast<int64_t>(2 * page)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE); // advice: a failure changes nothing
-#endif
-}
+constexpr int64_t kHugePage = int64_t{1} << 21;
+
+// From here on a buffer is worth pages of its own; below, malloc keeps its memory anyway.
+constexpr int64_t kLargeBytes = 2 * kHugePage;
+
+struct Pages {
+  void* data = nullptr; // aligned to a huge page
+  int64_t bytes = 0;
+};
+
+// At least this many bytes, of any content, for give_pages(). Null where there are none to be had so: then
+// the caller takes what torch's allocator gives.
+Pages take_pages(int64_t bytes);
+void give_pages(Pages);
+
+// Returns kept blocks to the system.
+void release_pages();
+
+// Asks for huge pages under a buffer that nothing has touched yet.
+void use_huge_pages(void* data, int64_t bytes);
 
 } // namespace lossops::cpu

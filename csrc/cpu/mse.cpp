@@ -1,7 +1,6 @@
 #include "../mse.h"
 
-#include "isa.h"
-#include "parallel.h"
+#include "trace.h"
 
 #define LOSSOPS_KERNELS "mse.inl"
 #include "foreach_isa.h"
@@ -11,12 +10,19 @@ namespace {
 
 constexpr int64_t kElementsPerUnit = 16384;
 
+void trace_elements(const char* kernel, Isa isa, const Units& units, const MSEProblem& a) {
+  trace(kernel, isa, units, 1, [&]() -> std::string {
+    return a.elements.dims <= 1 ? "one run of elements" : "runs of elements that lie apart";
+  });
+}
+
 } // namespace
 
 void launch(const MSEForward& a) {
   const Isa isa = active_isa();
   double sums[kMaxUnits], weights[kMaxUnits]; // set by the unit they belong to
   const Units units(a.elements.count, 1, kElementsPerUnit);
+  trace_elements(a.input_tangent.data == nullptr ? "mse_forward" : "mse_jvp", isa, units, a);
   parallel_for_units(units, 1, [&](int64_t unit) {
     sums[unit] = weights[unit] = 0;
     LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), sums[unit], weights[unit]);
@@ -34,6 +40,7 @@ void launch(const MSEForward& a) {
 void launch(const MSEBackward& a) {
   const Isa isa = active_isa();
   const Units units(a.elements.count, 1, kElementsPerUnit);
+  trace_elements("mse_backward", isa, units, a);
   parallel_for_units(
       units, 1, [&](int64_t unit) { LOSSOPS_CALL(backward_range, a, units.begin(unit), units.end(unit)); });
 }

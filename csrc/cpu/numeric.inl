@@ -94,6 +94,35 @@ LOSSOPS_INLINE double log(double x) {
   return std::log(x);
 }
 
+// tanh by Cephes: an odd polynomial (a rational function in double) near 0, beyond it exp, of an argument
+// that is never positive.
+LOSSOPS_INLINE float tanh(float x) {
+  const float e = exp(-2 * std::fabs(x));
+  const float far = (1 - e) / (1 + e);
+  const float z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float near = p * z * x + x;
+  const float signed_far = bits_as<float>(bits_as<uint32_t>(far) | (bits_as<uint32_t>(x) & 0x80000000u));
+  return std::fabs(x) < 0.625f ? near : signed_far;
+}
+
+LOSSOPS_INLINE double tanh(double x) {
+  const double e = exp(-2 * std::fabs(x));
+  const double far = (1 - e) / (1 + e);
+  const double z = x * x;
+  const double p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const double q =
+      ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  const double near = x * z * (p / q) + x;
+  const double signed_far =
+      bits_as<double>(bits_as<uint64_t>(far) | (bits_as<uint64_t>(x) & 0x8000000000000000u));
+  return std::fabs(x) < 0.625 ? near : signed_far;
+}
+
 LOSSOPS_INLINE float bfloat16_to_float(uint16_t h) {
   return bits_as<float>(static_cast<uint32_t>(h) << 16);
 }

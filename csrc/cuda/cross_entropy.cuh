@@ -43,7 +43,7 @@ struct BadTargetRecord {
   int found;
   BadTarget first;
 };
-static __device__ BadTargetRecord bad_target_record; // one for each of the two files
+static __device__ BadTargetRecord bad_target_record; // one for each of the files
 
 static bool take_record(BadTarget& bad_target) {
   constexpr const char* op = "check_async_errors";
@@ -57,6 +57,8 @@ static bool take_record(BadTarget& bad_target) {
 }
 
 bool take_bad_target_of_backward(BadTarget&);
+bool take_bad_target_of_rows(BadTarget&);
+bool take_bad_target_of_rows_backward(BadTarget&);
 
 // What a row's target says. An ignored row is not counted; one out of range turns to NaN.
 template <class A>

@@ -1,4 +1,4 @@
-// Softmax cross-entropy on the GPU, backward and second derivative.
+// Softmax cross-entropy on the GPU, backward.
 #include "cross_entropy_plan.h"
 
 namespace lossops::cuda {
@@ -231,89 +231,6 @@ __global__ void __launch_bounds__(kThreads, kResident<A, true>)
 }
 
 // ---------------------------------------------------------------------------------------------
-// Second derivative: the tangent's means over each slice, then the products
-
-template <class A>
-struct Moments {
-  A mean = 0; // of the tangent under the softmax
-  A dot = 0;  // of t and the tangent
-};
-
-template <int kLanes, class A>
-__global__ void __launch_bounds__(kThreads, kResident<A, true>)
-    tangent_moments(const __grid_constant__ CrossEntropyBackwardBackward a, const __grid_constant__ Rows rows,
-                    Moments<A>* of_slice) {
-  const int lane = threadIdx.x % kLanes;
-  const Piece piece(a, rows);
-  const Smoothing<A> smoothing(a);
-  const auto work = [&](int, int64_t row, bool, int turn) {
-    int64_t o[kCrossEntropyOperands];
-    a.rows.offsets(row, o);
-    const RowGradient<A> r(a, o, smoothing);
-    RowState<A> sums; // its merging serves: sum and dot are plain sums while no maximum is raised
-    if (r.target.counted) {
-      const Classes<AnyType, A> z(a.logits, o[kLogits], piece.begin), v(a.tangent, o[kTangent], piece.begin),
-          p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin);
-      const Weights<A> weights(a, piece.begin, 0);
-      for_single_classes<AnyType, kLanes>(piece.size, lane, [&](auto, auto, int c, int) {
-        const A logit = z.template fetch<1>(c), tangent = v.template fetch<1>(c);
-        A w[1], t[1];
-        weights.load(c, w);
-        target_weights<1>(p, p.present() ? p.template fetch<1>(c) : A(0), w, smoothing, t);
-        if (c + piece.begin == r.target.index) t[0] += smoothing.keep * r.target.weight;
-        sums.sum += r.template softmax<AnyType>(logit) * tangent;
-        sums.dot += t[0] * tangent;
-      });
-    }
-    sums = merge<kLanes, true>(sums, turn);
-    if (lane == 0) of_slice[row * rows.slices + piece.slice] = {sums.sum, sums.dot};
-  };
-  for_each_row<kLanes>(a, rows, [](int, int64_t) {}, work, [](int, int64_t) {});
-}
-
-// row_dot = S*mean - dot, dz = g*S*softmax*(v - mean), dp = g*keep*w*(mean - v).
-template <int kLanes, class A>
-__global__ void __launch_bounds__(kThreads, kResident<A, true>)
-    curvature(const __grid_constant__ CrossEntropyBackwardBackward a, const __grid_constant__ Rows rows,
-              const Moments<A>* of_slice) {
-  const int lane = threadIdx.x % kLanes;
-  const Piece piece(a, rows);
-  const Smoothing<A> smoothing(a);
-  const auto work = [&](int, int64_t row, bool, int) {
-    int64_t o[kCrossEntropyOperands];
-    a.rows.offsets(row, o);
-    const RowGradient<A> r(a, o, smoothing);
-    Moments<A> moments;
-    for (int64_t slice = 0; slice < rows.slices; ++slice) {
-      moments.mean += of_slice[row * rows.slices + slice].mean;
-      moments.dot += of_slice[row * rows.slices + slice].dot;
-    }
-    if (lane == 0 && piece.slice == 0)
-      static_cast<A*>(a.row_dot)[o[kRow]] =
-          r.target.counted ? r.target_sum * moments.mean - moments.dot : A(0);
-    const A grad_sum = r.grad * r.target_sum;
-    const Classes<AnyType, A> z(a.logits, o[kLogits], piece.begin), v(a.tangent, o[kTangent], piece.begin),
-        dz(a.grad_logits, o[kGradLogits], piece.begin), dp(a.grad_target, o[kGradTarget], piece.begin);
-    const A* weight = a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + piece.begin;
-    for_single_classes<AnyType, kLanes>(piece.size, lane, [&](auto, auto, int c, int) {
-      const A logit = z.template fetch<1>(c), tangent = v.template fetch<1>(c);
-      A out[1];
-      if (dz.present()) {
-        out[0] =
-            grad_sum == 0 ? A(0) : grad_sum * r.template softmax<AnyType>(logit) * (tangent - moments.mean);
-        dz.store(c, out);
-      }
-      if (dp.present()) {
-        const A w = weight == nullptr ? A(1) : weight[c];
-        out[0] = r.grad * smoothing.keep * w * (moments.mean - tangent);
-        dp.store(c, out);
-      }
-    });
-  };
-  for_each_row<kLanes>(a, rows, [](int, int64_t) {}, work, [](int, int64_t) {});
-}
-
-// ---------------------------------------------------------------------------------------------
 // Launching
 
 // Only kernels that know the dtype have rows of so few packs.
@@ -343,6 +260,7 @@ void launch(const CrossEntropyBackward& a, void*, void* stream_) {
   if (a.rows.count == 0 || a.classes == 0 || (a.grad_logits.data == nullptr && a.grad_target.data == nullptr))
     return;
   Plan plan = plan_of(a);
+  trace("cross_entropy_backward", plan);
   const unsigned blocks = grid(op, plan.blocks);
   const bool smoothed_alone = a.index_target() && a.weight == nullptr && plan.way != Plan::kTiles;
   const bool dense =
@@ -370,35 +288,6 @@ void launch(const CrossEntropyBackward& a, void*, void* stream_) {
     });
   });
   check_launch(op);
-}
-
-int64_t workspace_bytes(const CrossEntropyBackwardBackward& a) {
-  Plan plan = plan_of(a);
-  plan.typed = false;
-  plan.plan_rows(a);
-  return a.rows.count * plan.rows.slices * static_cast<int64_t>(sizeof(Moments<double>));
-}
-
-void launch(const CrossEntropyBackwardBackward& a, void* workspace, void* stream_) {
-  constexpr const char* op = "cross_entropy_backward_backward";
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  if (a.rows.count == 0) return;
-  Plan plan = plan_of(a);
-  plan.typed = false;
-  plan.plan_rows(a);
-  const unsigned blocks = grid(op, plan.blocks);
-  with_types(a, false, [&](auto, auto accumulation) {
-    using A = typename decltype(accumulation)::type;
-    with_flag(plan.way == Plan::kByWarp, [&](auto flag) {
-      constexpr int kLanes = decltype(flag)::value ? kWarp : kThreads;
-      auto* of_slice = static_cast<Moments<A>*>(workspace);
-      tangent_moments<kLanes><<<blocks, kThreads, 0, stream>>>(a, plan.rows, of_slice);
-      check_launch(op);
-      curvature<kLanes>
-          <<<blocks, kThreads, 0, stream>>>(a, plan.rows, static_cast<const Moments<A>*>(of_slice));
-      check_launch(op);
-    });
-  });
 }
 
 bool take_bad_target_of_backward(BadTarget& bad_target) {

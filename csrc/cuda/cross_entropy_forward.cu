@@ -359,6 +359,7 @@ void launch(const CrossEntropyForward& a, void* workspace, void* stream_) {
   Sums* of_block = static_cast<Sums*>(workspace);
   const bool dense = is_dense(a);
   if (plan.blocks > 0) {
+    trace("cross_entropy_forward", plan);
     const unsigned blocks = grid(op, plan.blocks);
     with_types(a, plan.typed, [&](auto element, auto accumulation) {
       using T = typename decltype(element)::type;
@@ -401,11 +402,15 @@ void launch(const CrossEntropyForward& a, void* workspace, void* stream_) {
 
 bool take_bad_target(BadTarget& bad_target) {
   check(cudaDeviceSynchronize(), "check_async_errors");
-  const bool forward = take_record(bad_target);
-  BadTarget of_backward; // of the same target, unless that was changed in between
-  const bool backward = take_bad_target_of_backward(of_backward);
-  if (!forward && backward) bad_target = of_backward;
-  return forward || backward;
+  bool found = take_record(bad_target);
+  for (const auto take :
+       {take_bad_target_of_backward, take_bad_target_of_rows, take_bad_target_of_rows_backward}) {
+    BadTarget other; // of the same target, unless that was changed in between
+    const bool more = take(other);
+    if (!found && more) bad_target = other;
+    found = found || more;
+  }
+  return found;
 }
 
 } // namespace lossops::cuda

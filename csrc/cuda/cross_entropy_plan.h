@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 
+#include "../trace.h"
 #include "cross_entropy.cuh"
 
 namespace lossops::cuda {
@@ -21,6 +23,17 @@ struct ClassTensors {
     if (!a.index_target()) take(a.target, kTarget);
   }
   explicit ClassTensors(const CrossEntropyBackward& a) : problem(a) {
+    take(a.logits, kLogits);
+    if (!a.index_target()) take(a.target, kTarget);
+    take(a.grad_logits, kGradLogits);
+    take(a.grad_target, kGradTarget);
+  }
+
+  explicit ClassTensors(const CrossEntropyRowsForward& a) : problem(a) {
+    take(a.logits, kLogits);
+    if (!a.index_target()) take(a.target, kTarget);
+  }
+  explicit ClassTensors(const CrossEntropyRowsBackward& a) : problem(a) {
     take(a.logits, kLogits);
     if (!a.index_target()) take(a.target, kTarget);
     take(a.grad_logits, kGradLogits);
@@ -70,6 +83,8 @@ inline int64_t bytes_of(DType dtype) {
 struct Plan {
   enum Way { kByBlock, kByWarp, kByLanes, kShort, kTiles } way;
   bool typed; // the kernel knows the dtype; else it reads elements one by one
+  // The row functions have fewer ways, for the compiler's time: not kByLanes, and kTiles of single rows.
+  bool few_ways;
   Rows rows{1, 1, 1};
   Tiling tiling{1, 1, false};
   ShortRows short_rows{1, 1, 1};
@@ -81,7 +96,7 @@ struct Plan {
   // into slices until there are as many, if each still has kMinSlice classes.
   static constexpr int64_t kWaveBlocks = 8 * 148, kMinSlice = 4096, kMaxSlice = int64_t{1} << 30;
 
-  explicit Plan(const ClassTensors& tensors) {
+  explicit Plan(const ClassTensors& tensors, bool few_ways = false) : few_ways(few_ways) {
     const CrossEntropyProblem& a = tensors.problem;
     typed = tensors.one_dtype();
     constexpr int64_t kFewRows = 8; // side by side: less than a sector
@@ -98,7 +113,7 @@ struct Plan {
   }
 
   void plan_rows(const CrossEntropyProblem& a) {
-    const bool few = typed && a.classes * bytes_of(a.logits.dtype) <= kLanesBytes;
+    const bool few = typed && !few_ways && a.classes * bytes_of(a.logits.dtype) <= kLanesBytes;
     way = a.classes > kBlockClasses ? kByBlock : few ? kByLanes : kByWarp;
     rows.slices = std::min(a.classes / kMinSlice, kWaveBlocks / std::max<int64_t>(1, a.rows.count));
     rows.slices = std::max({rows.slices, int64_t{1}, (a.classes + kMaxSlice - 1) / kMaxSlice});
@@ -123,6 +138,7 @@ struct Plan {
     if (classes % (4 * per_bank) == 0) stride += per_bank;
     short_rows = {(a.rows.count + kShortThreads - 1) / kShortThreads, classes, stride,
                   classes == 1 ? 0 : ~0u / static_cast<unsigned>(classes) + 1};
+    tiling = {kShortThreads, short_rows.tiles, false};
     blocks = std::min(short_rows.tiles, kMaxShortBlocks);
   }
 
@@ -133,7 +149,8 @@ struct Plan {
     // rows one by one and several threads for the classes of each.
     constexpr int64_t kThreadsWanted = kWaveBlocks * kThreads / 2;
     const int64_t pack = 16 / bytes_of(a.logits.dtype);
-    tiling.packs = typed && tensors.rows_in_packs(pack) && a.rows.count / pack >= kThreadsWanted / 2;
+    tiling.packs =
+        !few_ways && typed && tensors.rows_in_packs(pack) && a.rows.count / pack >= kThreadsWanted / 2;
     int64_t lanes = 1;
     while (!tiling.packs && lanes < kThreads / 4 && a.rows.count * lanes < kThreadsWanted &&
            8 * lanes < a.classes)
@@ -149,6 +166,18 @@ struct Plan {
     return kShortThreads * short_rows.stride * bytes_of(a.logits.dtype);
   }
 };
+
+// For lossops.explain.
+inline void trace(const char* kernel, const Plan& plan) {
+  if (!tracing()) return;
+  static const char* const ways[] = {
+      "a block to each row", "a warp to each row", "a few lanes of a warp to each row",
+      "a thread to each row, from shared memory", "tiles of neighbouring rows"};
+  std::string way = ways[plan.way];
+  if (plan.rows.slices > 1) way = "rows cut into " + std::to_string(plan.rows.slices) + " slices";
+  if (!plan.typed) way += ", element by element";
+  record({kernel, way, "cuda", plan.blocks});
+}
 
 inline bool is_dense(const CrossEntropyProblem& a) {
   return a.has_target_sum();
@@ -181,7 +210,7 @@ inline unsigned grid(const char* op, int64_t blocks) {
 // A backward works on its rows apart from one another: any number of blocks.
 template <class Call>
 Plan plan_of(const Call& a) {
-  return Plan(ClassTensors(a));
+  return Plan(ClassTensors(a), std::is_base_of_v<CrossEntropyRowsProblem, Call>);
 }
 
 } // namespace lossops::cuda

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../trace.h"
 #include "launch.h"
 #include "reduce.cuh"
 
@@ -395,6 +396,11 @@ void with_extras(const MSEProblem& a, bool plain, const F& f) {
   with_flag(plain, [&](auto is_plain) { f(is_plain, std::false_type()); });
 }
 
+// For lossops.explain.
+void trace(const char* kernel, bool packs, int64_t blocks) {
+  if (tracing()) record({kernel, packs ? "packs of 16 bytes" : "element by element", "cuda", blocks});
+}
+
 } // namespace
 
 int64_t workspace_bytes(const MSEForward& a) {
@@ -412,6 +418,7 @@ void launch(const MSEForward& a, void* workspace, void* stream_) {
   Sums* of_block = static_cast<Sums*>(workspace);
   if (blocks > 0) {
     const int head = a.input_tangent.data != nullptr ? -1 : Operands(a).head();
+    trace(a.input_tangent.data == nullptr ? "mse_forward" : "mse_jvp", head >= 0, blocks);
     with_types(a, head >= 0, [&](auto element, auto accumulation) {
       using T = typename decltype(element)::type;
       using A = typename decltype(accumulation)::type;
@@ -440,6 +447,7 @@ void launch(const MSEBackward& a, void*, void* stream_) {
   if (blocks == 0 || (a.grad_input.data == nullptr && a.grad_target.data == nullptr)) return;
   const int head = Operands(a).head();
   const bool one_grad = a.elements.inner_stride(kGrad) == 0;
+  trace("mse_backward", head >= 0, blocks);
   with_types(a, head >= 0, [&](auto element, auto accumulation) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;

@@ -25,6 +25,16 @@ LOSSOPS_DEVICE A lanes_max(A x) {
   return x;
 }
 
+template <int kLanes, class Index>
+LOSSOPS_DEVICE Index lanes_min(Index x) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const Index other = __shfl_xor_sync(kAllLanes, x, distance);
+    x = other < x ? other : x;
+  }
+  return x;
+}
+
 // What a mean needs: the sum of losses and of the weights it is divided by.
 struct Sums {
   double loss = 0, weight = 0;

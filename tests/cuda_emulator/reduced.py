@@ -75,7 +75,7 @@ DEFINED = [
 
 
 def hosts(folder: Path) -> list[Path]:
-    return [folder / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp")]
+    return [folder / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp", "trace.cpp")]
 
 
 def host_objects(folder: Path, flavour: str) -> list[Path]:
