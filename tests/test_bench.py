@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 BENCH = Path(__file__).parent.parent / "bench"
-LOSSES = ["cross_entropy", "mse"]
+LOSSES = ["cross_entropy", "cross_entropy_rows", "mse"]
 
 
 @pytest.fixture
@@ -125,10 +125,20 @@ def test_masked_mse_is_compared_with_what_computes_the_same(bench):
     assert not torch.isclose(module.OURS(arguments["input"], arguments["target"]), case.eager(**arguments))
 
 
+def test_the_family_is_compared_with_what_computes_the_same(bench):
+    module = bench("cross_entropy_rows")
+    for case in module._cases(16, 50, speedup=None):
+        arguments = case.arguments(torch.device("cpu"))
+        ours, eager = case.ours or module.OURS, case.eager or module.EAGER
+        expected = eager(**arguments)
+        torch.testing.assert_close(ours(**arguments).float(), expected.float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cases_are_what_they_say(bench, loss):
     module = bench(loss)
-    assert module.EAGER is getattr(F, "mse_loss" if loss == "mse" else loss)
+    torchs = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
+    assert module.EAGER is torchs.get(loss, module.EAGER)
     for case in module.QUICK:
         arguments = case.arguments(torch.device("cpu"))
         assert arguments["input"].dtype == case.dtype
@@ -298,6 +308,7 @@ def test_what_fails_is_left_out(bench, gpu, tmp_path, capsys, monkeypatch):
     # What was measured before an interruption is there.
     monkeypatch.setattr(module, "OURS", module.EAGER)
     monkeypatch.setattr(module, "CUDA_CASES", module.CUDA_QUICK[-1:])
+    monkeypatch.setattr(bench("cross_entropy_rows"), "CUDA_CASES", [])
     monkeypatch.setattr(bench("mse"), "CUDA_CASES", bench("mse").CUDA_QUICK[-1:])
     monkeypatch.setattr(bench("mse"), "OURS", interrupted)
     with pytest.raises(KeyboardInterrupt):
