@@ -20,7 +20,7 @@ demo: build
 
 test: build
 	@echo "== Running the tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(MAX_JOBS)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ sanitize: $(BUILT)
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(PRELOADED)" OMP_WAIT_POLICY=passive \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
 		$(BIN)/pytest --capture=sys $(patsubst %,tests/test_%.py,contract cross_entropy mse numerics small hostile) \
-		-k "not (compile or export or opcheck or gradcheck or vmap or transforms or bitwise or fake)"
+		-k "not (emulated or compile or export or opcheck or gradcheck or vmap or transforms or bitwise or fake)"
 
 # The tables of docs/cuda.md: written, or compared. Machine code of nvcc is read by two small tools, which a
 # toolkit may lack; where they cannot be installed the tables of machine code stay as they are.

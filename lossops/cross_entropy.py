@@ -336,18 +336,6 @@ class _Family(NamedTuple):
     empty: str
     inplace_backward: bool
 
-    def is_plain(self) -> bool:
-        return (
-            self.softcap is None
-            and self.row_weight is None
-            and self.normalizer is None
-            and not self.inplace_backward
-            and self.empty == "nan"
-            and not isinstance(self.logit_scale, Tensor)
-            and self.logit_scale == 1
-            and self.z_loss == 0
-        )
-
     def check(self, input: Tensor, rows: list[Any], index_target: bool) -> None:
         """Raises what no kernel sees."""
         scale, cap = self.logit_scale, self.softcap
@@ -627,10 +615,20 @@ def cross_entropy(
             inplace_backward=inplace_backward,
         )
     code = reduction_code(reduction, size_average, reduce)
-    family = _Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty, inplace_backward)
     try:
         out_dtype = _checked_dtype(out_dtype) or autocast_dtype(input, target)
-        if not family.is_plain():
+        # Written out: a call that asks for none of this pays for nothing but the question.
+        if not (
+            softcap is None
+            and row_weight is None
+            and normalizer is None
+            and not inplace_backward
+            and empty == "nan"
+            and not isinstance(logit_scale, Tensor)
+            and logit_scale == 1
+            and z_loss == 0
+        ):
+            family = _Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty, inplace_backward)
             options = code, ignore_index, label_smoothing, out_dtype, family
             return _with_options(input, target, weight, *options)[0]
         if weight is not None and may_be_differentiated(weight):

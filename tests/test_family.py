@@ -1161,9 +1161,8 @@ def test_inplace_backward_gives_the_same_bits(dtype: torch.dtype, probabilities:
                 assert torch.equal(logits, gradients[0])
             found.append(gradients)
         for a, b in zip(*found, strict=True):
-            if (
-                a is found[0][1] and "operands" in options
-            ):  # the scale's is a sum, in an order of the layouts'
+            # The scale's is a sum, in an order that the layouts decide.
+            if "operands" in options and a is found[0][1]:
                 assert_near(a, b, scale=100, message=str((shape, options)))
             else:
                 assert torch.equal(a, b), (shape, options)
