@@ -415,8 +415,8 @@ def _may_write_over(input: Tensor, *others: Tensor | float | None) -> bool:
     if not input.requires_grad or not torch.is_grad_enabled():
         return False
     refusal = "cross_entropy: inplace_backward=True writes the gradient over the logits, "
-    base = input if input._base is None else input._base
-    if base.is_leaf:
+    base = input._base
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise RuntimeError(
             f"{refusal}which must not be a leaf that requires grad, nor a view of one; pass the output of a "
             "layer"
