@@ -136,6 +136,15 @@ class Operands {
     return large_empty<Device>(shape, accumulation(), logits);
   }
 
+  // Allocates each row's part of the scale's gradient, or an empty tensor where it is not wanted.
+  template <class Device>
+  Tensor take_grad_scale(CrossEntropyRowsBackward& call, bool need) const {
+    if (!need) return empty({0}, accumulation(), logits);
+    Tensor t = empty_rows<Device>();
+    call.grad_scale = t.data_ptr();
+    return t;
+  }
+
   ScalarType accumulation() const {
     return problem_.use_double ? ScalarType::Double : ScalarType::Float;
   }
@@ -383,10 +392,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows_backward(
   operands.take_rows(call, scale_tensor, scale, softcap);
   const auto [grad_logits, grad_target] = operands.take_gradients<Device>(call, need_logits, need_target);
   operands.take_rows_upstream(call, grad_rows, rows);
-  Tensor grad_scale =
-      need_scale ? operands.empty_rows<Device>() : empty({0}, operands.accumulation(), logits);
+  Tensor grad_scale = operands.take_grad_scale<Device>(call, need_scale);
   operands.give(call);
-  if (need_scale) call.grad_scale = grad_scale.data_ptr();
   launch(Device{}, operands, call);
   return {grad_logits, grad_target, grad_scale};
 }
@@ -406,10 +413,8 @@ std::tuple<Tensor, Tensor> cross_entropy_rows_backward_(Tensor grad_rows, Tensor
   const auto [none, grad_target] = operands.take_gradients<Device>(call, false, need_target);
   call.grad_logits = operands.class_tensor(logits, kGradLogits, dtype_of(logits, op, "logits"));
   operands.take_rows_upstream(call, grad_rows, rows);
-  Tensor grad_scale =
-      need_scale ? operands.empty_rows<Device>() : empty({0}, operands.accumulation(), logits);
+  Tensor grad_scale = operands.take_grad_scale<Device>(call, need_scale);
   operands.give(call);
-  if (need_scale) call.grad_scale = grad_scale.data_ptr();
   launch(Device{}, operands, call);
   return {grad_target, grad_scale};
 }
@@ -433,11 +438,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows_backward_backward(
     call.tangent = operands.class_tensor(*tangent, kTangent, dtype_of(*tangent, op, "tangent"));
   }
   call.scale_tangent = operands.scalar_pointer(scale_tangent, "scale_tangent");
-  Tensor grad_scale =
-      need_scale ? operands.empty_rows<Device>() : empty({0}, operands.accumulation(), logits);
+  Tensor grad_scale = operands.take_grad_scale<Device>(call, need_scale);
   Tensor row_dots = operands.empty_rows<Device>(call.planes());
   operands.give(call);
-  if (need_scale) call.grad_scale = grad_scale.data_ptr();
   call.row_dots = row_dots.data_ptr();
   launch(Device{}, operands, call);
   return {row_dots, grad_logits, grad_target, grad_scale};

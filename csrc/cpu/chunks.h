@@ -32,6 +32,11 @@ struct Chunks {
   }
 };
 
+inline void trace_rows(const char* kernel, Isa isa, const CrossEntropyProblem& a, const char* way) {
+  trace(kernel, isa, Units(a.rows.count, a.classes, kElementsPerUnit), a.classes,
+        [&] { return std::string(way); });
+}
+
 inline void trace_chunks(const char* kernel, Isa isa, int64_t rows, const Chunks& chunks) {
   trace(kernel, isa, chunks.pieces(rows), chunks.size,
         [&] { return "rows cut into " + std::to_string(chunks.per_row) + " pieces"; });

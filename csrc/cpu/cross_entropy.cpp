@@ -8,13 +8,13 @@ namespace {
 
 constexpr int64_t kStateBytes = 4 * sizeof(double);
 
-template <class Call>
-void trace_rows(const char* kernel, Isa isa, const Call& a, bool flat) {
-  const Units units(a.rows.count, a.classes, kElementsPerUnit);
-  trace(kernel, isa, units, a.classes, [&]() -> std::string {
-    if (baseline::along_rows(a)) return "along each row";
-    return flat ? "short rows as they lie" : "across tiles of neighbouring rows";
-  });
+const char* way_of(const CrossEntropyProblem& a) {
+  return baseline::along_rows(a) ? "along each row" : "across tiles of neighbouring rows";
+}
+
+const char* way_of(const CrossEntropyBackward& a) {
+  if (!baseline::along_rows(a) && baseline::is_flat(a)) return "short rows as they lie";
+  return way_of(static_cast<const CrossEntropyProblem&>(a));
 }
 
 } // namespace
@@ -38,7 +38,7 @@ void launch(const CrossEntropyForward& a) {
     }
     sums = a.rows.count;
   } else {
-    trace_rows("cross_entropy_forward", isa, a, false);
+    trace_rows("cross_entropy_forward", isa, a, way_of(a));
     const Units units(a.rows.count, a.classes, kElementsPerUnit);
     parallel_for_units(units, a.classes, [&](int64_t unit) {
       loss[unit] = weight[unit] = 0;
@@ -66,7 +66,7 @@ void launch(const CrossEntropyBackward& a) {
     });
     return;
   }
-  trace_rows("cross_entropy_backward", isa, a, baseline::is_flat(a));
+  trace_rows("cross_entropy_backward", isa, a, way_of(a));
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(backward_range, a, units.begin(unit), units.end(unit));

@@ -8,12 +8,8 @@ namespace {
 
 constexpr int64_t kStateBytes = 6 * sizeof(double);
 
-template <class Call>
-void trace_rows(const char* kernel, Isa isa, const Call& a, bool tiles) {
-  const Units units(a.rows.count, a.classes, kElementsPerUnit);
-  trace(kernel, isa, units, a.classes, [&]() -> std::string {
-    return tiles && !baseline::along_rows(a) ? "across tiles of neighbouring rows" : "along each row";
-  });
+const char* way_of(const CrossEntropyProblem& a) {
+  return baseline::along_rows(a) ? "along each row" : "across tiles of neighbouring rows";
 }
 
 } // namespace
@@ -34,7 +30,7 @@ void launch(const CrossEntropyRowsForward& a) {
     }
     return;
   }
-  trace_rows("cross_entropy_rows_forward", isa, a, true);
+  trace_rows("cross_entropy_rows_forward", isa, a, way_of(a));
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(rows_forward_range, a, units.begin(unit), units.end(unit));
@@ -58,7 +54,7 @@ void launch(const CrossEntropyRowsBackward& a) {
     }
     return;
   }
-  trace_rows("cross_entropy_rows_backward", isa, a, true);
+  trace_rows("cross_entropy_rows_backward", isa, a, way_of(a));
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(rows_backward_range, a, units.begin(unit), units.end(unit));
@@ -67,7 +63,7 @@ void launch(const CrossEntropyRowsBackward& a) {
 
 void launch(const CrossEntropyRowsBackwardBackward& a) {
   const Isa isa = active_isa();
-  trace_rows("cross_entropy_rows_backward_backward", isa, a, false);
+  trace_rows("cross_entropy_rows_backward_backward", isa, a, "along each row");
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(rows_backward_backward_range, a, units.begin(unit), units.end(unit));
