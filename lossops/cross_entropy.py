@@ -16,8 +16,7 @@ compute.
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _C, _rows
 from ._autograd import (
-    KERNEL_DTYPES,
     MEAN,
     NONE,
     accumulation,
@@ -38,12 +36,21 @@ from ._autograd import (
     explain_bad_input,
     is_transformed,
     may_be_differentiated,
-    ordered_sum,
-    promote,
     reduction_code,
     run,
 )
 from ._explain import note
+from ._family import (
+    CrossEntropyMetrics,
+    Family,
+    checked_dtype,
+    explain_bad_option,
+    logprobs,
+    loss_dtype,
+    metrics_of,
+    reduced,
+    upstream,
+)
 from ._rows import (
     NO_WEIGHT_DERIVATIVE,
     RowsBackward,
@@ -114,7 +121,7 @@ def _(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtyp
     rows, index_target = row_shape("cross_entropy", logits, target, weight)
     stat_rows = 3 if label_smoothing != 0 or not index_target else 2
     loss = logits.new_empty(
-        rows if reduction == NONE else (), dtype=_loss_dtype(logits, target, weight, out_dtype)
+        rows if reduction == NONE else (), dtype=loss_dtype(logits, target, weight, out_dtype)
     )
     stats = logits.new_empty((stat_rows, *rows), dtype=accumulation(logits, target, weight))
     return loss, stats, logits.new_empty((), dtype=torch.float64)
@@ -148,23 +155,12 @@ def _(
 def _loss_backward(needs, options, grad_loss, logits, target, weight, stats, normalizer):
     if differentiates_backward():
         rows, _ = row_functions(logits, target, weight, None, (1.0, 0.0, *options))
-        upstream = _upstream(grad_loss, rows, normalizer)
-        args = upstream, rows, logits, target, weight, None, 1.0, 0.0, *options, *needs, False
+        grad = divide(grad_loss.to(rows.dtype), normalizer)
+        args = upstream(rows, grad), rows, logits, target, weight, None, 1.0, 0.0, *options, *needs, False
         grads = RowsBackward.apply(*args)[:2]
     else:
         grads = _backward(grad_loss, logits, target, weight, stats, normalizer, *options, *needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _upstream(grad_loss: Tensor, rows: Tensor, normalizer: Tensor | None) -> Tensor:
-    """The gradients of the row functions that make up S*log_sum - dot."""
-    planes = rows.unbind(0)
-    g = divide(grad_loss.to(rows.dtype), normalizer).expand(rows.shape[1:])
-    upstream = [torch.zeros_like(g)] * len(planes)
-    upstream[_rows.LOG_SUM] = g * planes[_rows.TARGET_SUM]
-    upstream[_rows.TARGET_SUM] = g * planes[_rows.LOG_SUM]
-    upstream[_rows.DOT] = -g
-    return torch.stack(upstream)
 
 
 class EagerCrossEntropy(Function):
@@ -234,172 +230,12 @@ def _for_transforms(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     rows, _ = row_functions(logits, target, weight, None, (1.0, 0.0, ignore_index, label_smoothing))
-    dtype = _loss_dtype(logits, target, weight, out_dtype)
-    return _reduced(rows, reduction, dtype)
-
-
-def _loss_dtype(
-    logits: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None
-) -> torch.dtype:
-    if out_dtype is not None:
-        return out_dtype
-    return promote(logits, target, weight) if target.is_floating_point() else logits.dtype
+    dtype = loss_dtype(logits, target, weight, out_dtype)
+    return reduced(rows, reduction, dtype, Family())
 
 
 # --------------------------------------------------------------------------------------------------
-# The family: O(N) arithmetic on the row functions
-
-
-def _row_losses(rows: Tensor, z_loss: float = 0.0) -> Tensor:
-    planes = rows.unbind(0)
-    loss = planes[_rows.TARGET_SUM] * planes[_rows.LOG_SUM] - planes[_rows.DOT]
-    return loss + _z_losses(rows, z_loss) if z_loss else loss
-
-
-def _lse(rows: Tensor) -> Tensor:
-    return rows[_rows.MAX] + rows[_rows.LOG_SUM]
-
-
-def _z_losses(rows: Tensor, z_loss: float) -> Tensor:
-    return z_loss * _lse(rows).square()
-
-
-def _reduced(
-    rows: Tensor,
-    reduction: int,
-    dtype: torch.dtype,
-    z_loss: float = 0.0,
-    row_weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    empty: str = "nan",
-) -> Tensor:
-    divisor: float | Tensor = 1.0 if normalizer is None else normalizer
-    unused = None  # where a loss is multiplied by 0, whatever it is
-    if reduction == MEAN and normalizer is None:
-        divisor = ordered_sum(rows[_rows.TARGET_WEIGHT].detach(), torch.float64)
-    if reduction == MEAN and empty == "zero":
-        if isinstance(divisor, Tensor):
-            divisor = divisor.to(rows.device, torch.float64)
-        else:
-            divisor = torch.full((), divisor, dtype=torch.float64, device=rows.device)
-        unused = nothing = divisor == 0
-        divisor = divisor.masked_fill(nothing, 1)
-    if row_weight is not None:
-        row_weight = row_weight.reshape(rows.shape[1:]).to(rows.dtype)
-        unused = row_weight == 0 if unused is None else unused | (row_weight == 0)
-    if unused is not None:
-        # 0 times an infinity is NaN, in the loss and once more in the gradients of the planes.
-        unused = unused & ~_row_losses(rows.detach(), z_loss).isfinite()
-        rows = rows.masked_fill(unused, 0)
-    loss = _row_losses(rows, z_loss)
-    if row_weight is not None:
-        loss = loss * row_weight
-    if reduction == NONE:
-        return loss.to(dtype)
-    total = ordered_sum(loss, torch.float64)
-    if reduction == MEAN:
-        total = total / divisor
-        if empty == "zero":
-            total = total.masked_fill(nothing, 0)
-    return total.to(dtype)
-
-
-class CrossEntropyMetrics(NamedTuple):
-    """What one pass over the logits says of every row, each of the rows' shape; zeros for ignored rows.
-
-    In float32 (float64 where an operand is float64), of the logits as scaled and capped.
-    """
-
-    lse: Tensor
-    """``logsumexp`` of the row; differentiable."""
-    logprob: Tensor
-    """Log-probability of the target class, or ``sum_c p_c * log softmax_c`` of probabilities ``p``, without
-    class weight and smoothing; differentiable."""
-    entropy: Tensor
-    """Of the softmax, in nats; differentiable."""
-    z_loss: Tensor
-    """``z_loss * lse**2``, before ``row_weight`` and reduction; differentiable."""
-    predicted: Tensor
-    """The class of the largest logit (int64), the lowest where several are; -1 for ignored rows."""
-    correct: Tensor
-    """Whether ``predicted`` is the target class (of probabilities, their most probable one)."""
-
-
-class _Family(NamedTuple):
-    """The options beyond torch's."""
-
-    logit_scale: float | Tensor
-    softcap: float | None
-    z_loss: float
-    row_weight: Tensor | None
-    normalizer: float | Tensor | None
-    empty: str
-    inplace_backward: bool
-
-    def check(self, input: Tensor, rows: list[Any], index_target: bool) -> None:
-        """Raises what no kernel sees."""
-        scale, cap = self.logit_scale, self.softcap
-        if isinstance(scale, Tensor):
-            if scale.is_meta != input.is_meta:
-                check_devices("cross_entropy", input, logit_scale=scale)
-            if scale.dim() != 0 or not scale.is_floating_point():
-                raise ValueError(
-                    "cross_entropy: expected logit_scale to be a float or a 0-d floating point tensor, got "
-                    f"shape {tuple(scale.shape)} of {scale.dtype}"
-                )
-        elif not isinstance(scale, (int, float)):
-            raise TypeError(f"cross_entropy: expected logit_scale to be a float or a Tensor, got {scale!r}")
-        if cap is not None and not isinstance(cap, (int, float)):
-            raise TypeError(f"cross_entropy: expected softcap to be a float or None, got {cap!r}")
-        if cap is not None and not 0 < cap < math.inf:
-            raise ValueError(f"cross_entropy: expected softcap to be positive and finite, got {cap!r}")
-        if not isinstance(self.z_loss, (int, float)):
-            raise TypeError(f"cross_entropy: expected z_loss to be a float, got {self.z_loss!r}")
-        if self.empty not in ("nan", "zero"):
-            raise ValueError(f"cross_entropy: expected empty to be 'nan' or 'zero', got {self.empty!r}")
-        weight = self.row_weight
-        if weight is not None:
-            if not _is_real(weight):
-                given = _kind(weight)
-                raise TypeError(
-                    f"cross_entropy: expected row_weight to be a Tensor of real numbers, got {given}"
-                )
-            one = not rows and list(weight.shape) == [1]
-            if list(weight.shape) != rows and not one:
-                raise ValueError(
-                    f"cross_entropy: expected row_weight of shape {tuple(rows)}, one for each row, got "
-                    f"{tuple(weight.shape)}"
-                )
-            check_devices("cross_entropy", input, row_weight=weight)
-        divisor = self.normalizer
-        if divisor is None or isinstance(divisor, (int, float, torch.SymInt, torch.SymFloat)):
-            return
-        if not _is_real(divisor):
-            raise TypeError(
-                "cross_entropy: expected normalizer to be a float or a Tensor of real numbers, got "
-                f"{_kind(divisor)}"
-            )
-        if divisor.dim() != 0:
-            raise ValueError(
-                "cross_entropy: expected normalizer to be a float or a 0-d tensor, got shape "
-                f"{tuple(divisor.shape)}"
-            )
-        if divisor.device.type != "cpu":  # a number on the CPU serves every device
-            check_devices("cross_entropy", input, normalizer=divisor)
-
-    def scale(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, float]:
-        """The scale as the ops take it: a tensor of the accumulation type, or a number."""
-        if isinstance(self.logit_scale, Tensor):
-            return self.logit_scale.to(device=device, dtype=dtype), 1.0
-        return None, float(self.logit_scale)
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and not x.is_complex()
-
-
-def _kind(x: Any) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+# The options beyond torch's
 
 
 def _may_write_over(input: Tensor, *others: Tensor | float | None) -> bool:
@@ -456,13 +292,14 @@ def _with_options(
     ignore_index: int,
     label_smoothing: float,
     out_dtype: torch.dtype | None,
-    family: _Family,
+    family: Family,
+    inplace_backward: bool = False,
     metrics: bool = False,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
     shape, index_target = row_shape("cross_entropy", input, target, weight)
-    family.check(input, shape, index_target)
-    in_place = family.inplace_backward and _may_write_over(input, target, weight, family.logit_scale)
-    dtype = _loss_dtype(input, target, weight, out_dtype)
+    family.check("cross_entropy", input, shape)
+    in_place = inplace_backward and _may_write_over(input, target, weight, family.logit_scale)
+    dtype = loss_dtype(input, target, weight, out_dtype)
     unweighted = target
     plain_target = index_target or (weight is None and label_smoothing == 0)
     if weight is not None and may_be_differentiated(weight):
@@ -479,39 +316,21 @@ def _with_options(
         predicted=metrics,
         inplace_backward=in_place,
     )
-    loss = _reduced(
-        rows,
-        reduction,
-        dtype,
-        family.z_loss,
-        family.row_weight,
-        family.normalizer,
-        family.empty,
-    )
+    loss = reduced(rows, reduction, dtype, family)
     if not metrics:
         return loss, None
-    logprob = _logprobs(rows, index_target)
+    logprob = logprobs(rows, index_target)
     if not plain_target:
         note("logprob of probabilities with class weight or smoothing takes a second pass")
-        logprob = _logprobs(
-            row_functions(input, unweighted, None, scale_tensor, (*options[:3], 0.0))[0], index_target
-        )
-    z_losses = _z_losses(rows, family.z_loss) if family.z_loss else torch.zeros_like(rows[0])
+        unweighted_rows, _ = row_functions(input, unweighted, None, scale_tensor, (*options[:3], 0.0))
+        logprob = logprobs(unweighted_rows, index_target)
     if index_target:
         best = target.reshape(predicted.shape)
     elif input.size(class_dim(input)):
         best = unweighted.argmax(class_dim(input))
     else:
         best = predicted
-    correct = (predicted == best) & (predicted >= 0)
-    return loss, CrossEntropyMetrics(_lse(rows), logprob, rows[_rows.ENTROPY], z_losses, predicted, correct)
-
-
-def _logprobs(rows: Tensor, index_target: bool) -> Tensor:
-    planes = rows.unbind(0)
-    if index_target:
-        return planes[_rows.PICKED] - planes[_rows.LOG_SUM]
-    return planes[_rows.DOT] - planes[_rows.TARGET_SUM] * planes[_rows.LOG_SUM]
+    return loss, metrics_of(rows, logprob, family.z_loss, predicted, best)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -616,7 +435,7 @@ def cross_entropy(
         )
     code = reduction_code(reduction, size_average, reduce)
     try:
-        out_dtype = _checked_dtype(out_dtype) or autocast_dtype(input, target)
+        out_dtype = checked_dtype("cross_entropy", out_dtype) or autocast_dtype(input, target)
         # Written out: a call that asks for none of this pays for nothing but the question.
         if not (
             softcap is None
@@ -628,8 +447,8 @@ def cross_entropy(
             and logit_scale == 1
             and z_loss == 0
         ):
-            family = _Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty, inplace_backward)
-            options = code, ignore_index, label_smoothing, out_dtype, family
+            family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
+            options = code, ignore_index, label_smoothing, out_dtype, family, inplace_backward
             return _with_options(input, target, weight, *options)[0]
         if weight is not None and may_be_differentiated(weight):
             target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
@@ -646,7 +465,7 @@ def cross_entropy(
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
         return run(EagerCrossEntropy, _for_transforms, _forward, (input, target), args)
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        _explain_bad_option(ignore_index, label_smoothing)
+        explain_bad_option("cross_entropy", ignore_index, label_smoothing)
         explain_bad_input("cross_entropy", input=input, target=target, weight=weight)
         raise
 
@@ -677,13 +496,13 @@ def cross_entropy_with_metrics(
     >>> accuracy = metrics.correct.float().mean()
     """
     code = reduction_code(reduction, None, None)
-    family = _Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty, inplace_backward)
+    family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
     try:
-        out_dtype = _checked_dtype(out_dtype) or autocast_dtype(input, target)
-        options = code, ignore_index, label_smoothing, out_dtype, family
+        out_dtype = checked_dtype("cross_entropy", out_dtype) or autocast_dtype(input, target)
+        options = code, ignore_index, label_smoothing, out_dtype, family, inplace_backward
         loss, metrics = _with_options(input, target, weight, *options, metrics=True)
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        _explain_bad_option(ignore_index, label_smoothing)
+        explain_bad_option("cross_entropy", ignore_index, label_smoothing)
         explain_bad_input("cross_entropy", input=input, target=target, weight=weight)
         raise
     assert metrics is not None
@@ -719,7 +538,7 @@ def log_prob(
         RuntimeError, ValueError, IndexError, NotImplementedError, TypeError: as :func:`cross_entropy`;
             RuntimeError for probabilities.
     """
-    family = _Family(logit_scale, softcap, 0.0, None, None, "nan", False)
+    family = Family(logit_scale, softcap)
     try:
         shape, index_target = row_shape("log_prob", logits, target, None)
         if not index_target:
@@ -727,34 +546,16 @@ def log_prob(
                 f"log_prob: expected target of class indices of shape {tuple(shape)}, got probabilities of "
                 f"shape {tuple(target.shape)}"
             )
-        family.check(logits, shape, index_target)
+        family.check("log_prob", logits, shape)
         scale_tensor, scale = family.scale(accumulation(logits), logits.device)
         options = scale, float(softcap or 0.0), ignore_index, 0.0
         rows, _ = row_functions(logits, target, None, scale_tensor, options, entropy=return_entropy)
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        _explain_bad_option(ignore_index, 0.0)
+        explain_bad_option("log_prob", ignore_index, 0.0)
         explain_bad_input("log_prob", input=logits, target=target)
         raise
-    logprob = _logprobs(rows, True)
+    logprob = logprobs(rows, True)
     return (logprob, rows[_rows.ENTROPY]) if return_entropy else logprob
-
-
-def _checked_dtype(out_dtype: torch.dtype | None) -> torch.dtype | None:
-    if out_dtype is not None and out_dtype not in KERNEL_DTYPES:
-        raise TypeError(
-            "cross_entropy: expected out_dtype to be float16, bfloat16, float32 or float64, got "
-            f"{out_dtype!r}"
-        )
-    return out_dtype
-
-
-def _explain_bad_option(ignore_index: Any, label_smoothing: Any) -> None:
-    if not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"cross_entropy: expected ignore_index to be an int, got {ignore_index!r}")
-    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"cross_entropy: expected ignore_index to fit 64 bits, got {ignore_index}")
-    if not isinstance(label_smoothing, (int, float, torch.SymFloat)):
-        raise TypeError(f"cross_entropy: expected label_smoothing to be a float, got {label_smoothing!r}")
 
 
 def _weighted_target(
