@@ -10,7 +10,8 @@ from ._cpu import empty_cache
 from ._cuda import check_async_errors, cuda_build_info
 from ._explain import Explanation, explain
 from .cross_entropy import CrossEntropyLoss, CrossEntropyMetrics
-from .functional import cross_entropy, mse_loss
+from .functional import cross_entropy, linear_cross_entropy, mse_loss
+from .linear_cross_entropy import LinearCrossEntropyLoss, LinearCrossEntropyMetrics
 from .mse import MSELoss
 from .overrides import FusedLosses, disable, enable, fused_losses
 
@@ -19,6 +20,8 @@ __all__ = [
     "CrossEntropyMetrics",
     "Explanation",
     "FusedLosses",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyMetrics",
     "MSELoss",
     "__version__",
     "check_async_errors",
@@ -30,5 +33,6 @@ __all__ = [
     "explain",
     "functional",
     "fused_losses",
+    "linear_cross_entropy",
     "mse_loss",
 ]

@@ -22,7 +22,7 @@ _profiling = torch.autograd._profiler_enabled
 _is_dead_wrapper = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 
 # torch.autograd.grad(is_grads_batched=True) batches without a functorch transform.
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
 
 
 def plain(x: Tensor, dtype: torch.dtype) -> bool:
@@ -36,7 +36,7 @@ def plain(x: Tensor, dtype: torch.dtype) -> bool:
         and not x.is_neg()
         and not x._is_zerotensor()
         and not _is_dead_wrapper(x)
-        and not _is_batched(x)
+        and not is_batched(x)
     )
 
 
