@@ -347,7 +347,8 @@ class _Gradients:
             y, own_term, rest = _own_terms(head, planes, g, chunk.target)
             own = y, own_term.to(self.base.total).unsqueeze(1)
             column = y if position is None else position[y].clamp(min=0)
-            grad.scatter_(1, column.unsqueeze(1), rest.to(grad.dtype).unsqueeze(1))
+            rows = torch.arange(grad.shape[0], device=grad.device)
+            grad[rows, column] = rest.to(grad.dtype)  # scatter_ would copy the whole of it
         self._add_products(chunk, grad, classes, own)
 
     def _add_products(

@@ -484,7 +484,7 @@ def linear_cross_entropy(
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
     how = _chunk_size(chunk_size, options), shift, gradient_filter, lora
     torch_options = weight, reduction, ignore_index, label_smoothing, out_dtype
-    return _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, metrics=False)[0]
+    return _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, False)[0]
 
 
 def linear_cross_entropy_with_metrics(
@@ -518,9 +518,7 @@ def linear_cross_entropy_with_metrics(
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
     how = _chunk_size(chunk_size, options), shift, gradient_filter, lora
     torch_options = weight, reduction, ignore_index, label_smoothing, out_dtype
-    loss, metrics = _checked(
-        input, linear_weight, target, linear_bias, *torch_options, family, *how, metrics=True
-    )
+    loss, metrics = _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, True)
     assert metrics is not None
     return loss, metrics
 
@@ -540,13 +538,12 @@ def _checked(
     label_smoothing: float,
     out_dtype: torch.dtype | None,
     *rest: Any,
-    metrics: bool,
 ) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
     """The loss, or the sentence that says why not."""
     code = reduction_code(reduction, None, None)
     try:
         options = code, ignore_index, label_smoothing, checked_dtype(_OP, out_dtype), *rest
-        return _run(input, linear_weight, target, linear_bias, weight, *options, metrics)
+        return _run(input, linear_weight, target, linear_bias, weight, *options)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         explain_bad_option(_OP, -100 if ignore_index is None else ignore_index, label_smoothing)
         explain_bad_input(_OP, input=input, linear_weight=linear_weight, target=target)
