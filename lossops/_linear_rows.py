@@ -34,8 +34,8 @@ _SIXTEEN = (torch.float16, torch.bfloat16)
 # chunk reads and writes the weight's gradient once more, and little beside the weight of such a head.
 CHUNK_ELEMENTS = 1 << 24
 
-# Classes at a time, where a product goes through a buffer of another dtype: it has to stay in the cache.
-_BLOCK = 2048
+# What a product is converted by where that takes a buffer: 2 or 4 MiB that stay in the cache.
+_BLOCK_ELEMENTS = 1 << 21
 
 
 class Head(NamedTuple):
@@ -117,7 +117,7 @@ def default_chunk(rows: int, logits_a_row: int) -> int:
     """Rows a chunk: as many as CHUNK_ELEMENTS holds, shared out evenly, in multiples of 16."""
     most = max(1, CHUNK_ELEMENTS // max(1, logits_a_row))
     chunks = max(1, -(-rows // most))
-    even = -(-rows // chunks)
+    even = max(1, -(-rows // chunks))
     return min(most, -(-even // 16) * 16) if most >= 16 else most
 
 
@@ -143,8 +143,9 @@ class _Layer:
         self.total = torch.promote_types(dtype, torch.float32)  # what gradients are summed in
 
     def _blocks(self) -> Iterator[slice]:
-        for start in range(0, self.weight.shape[0], _BLOCK):
-            yield slice(start, start + _BLOCK)
+        classes = max(16, _BLOCK_ELEMENTS // max(1, self.weight.shape[1]))
+        for start in range(0, self.weight.shape[0], classes):
+            yield slice(start, start + classes)
 
     def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = x W^T + bias``"""
@@ -603,9 +604,11 @@ class LinearTotal(Function):
             to_weight, grads = _of_total(head, planes, row_weight, z_loss, needs, grad_total, grad_planes)
         else:
             to_weight = _to_row_weight(planes, row_weight, z_loss, grad_total)
+            # A mean over nothing divides by 0; what nothing has gone into stays 0, as where it is ignored.
+            factor = grad_total.where(_counts(head, row_weight), 0)
             again = _may_be_called_again(grad_total)
             grads = [
-                _times(grad, grad_total, x.dtype, again, zero) if need else None
+                _times(grad, factor, x.dtype, again, zero) if need else None
                 for grad, x, need in zip(grads, head.differentiable, needs, strict=True)
             ]
         to_weight = to_weight if ctx.needs_input_grad[0] else None
@@ -635,6 +638,16 @@ def _to_row_weight(planes, row_weight, z_loss, grad_total):
         return None
     losses = row_losses(without_unused(planes, Family(z_loss=z_loss, row_weight=row_weight)), z_loss)
     return (grad_total * losses).to(row_weight.dtype).reshape(row_weight.shape)
+
+
+def _counts(head: Head, row_weight: Tensor | None) -> Tensor:
+    """Whether any row does."""
+    counts = head.x.new_ones(head.row_shape, dtype=torch.bool)
+    if head.index_target:
+        counts = head.target != head.ignore_index
+    if row_weight is not None:
+        counts = counts & (row_weight != 0)
+    return counts.any()
 
 
 def _may_be_called_again(grad: Tensor) -> bool:

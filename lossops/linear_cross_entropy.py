@@ -77,7 +77,7 @@ def linear_cross_entropy_reference(
     if options.get("row_weight") is not None:
         options["row_weight"] = options["row_weight"].reshape(-1, math.prod(out))
     loss = cross_entropy_reference(logits, target, **options)
-    return loss.view(*batch, *out) if options.get("reduction") == "none" else loss
+    return loss.view((*batch, *out)) if options.get("reduction") == "none" else loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class _Shape(NamedTuple):
     def kept(self, x: Tensor, dim: int = 0) -> Tensor:
         """Rows ``(N)`` or ``(N, D)`` from dimension `dim` on, in their own shape, without the last position
         of a shifted sequence."""
-        x = x.reshape(*x.shape[:dim], *self.rows)
+        x = x.reshape((*x.shape[:dim], *self.rows))
         if not self.shift:
             return x
         dim += len(self.batch) - 1

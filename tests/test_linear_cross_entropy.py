@@ -1,0 +1,937 @@
+"""The linear head with its loss: every promise of linear_cross_entropy, against logits and all."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import REDUCTIONS, value_and_gradients
+from devices import cpu_only, not_emulated, raises_index_error
+from tolerances import assert_near
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import lossops
+from lossops import LinearCrossEntropyLoss, _linear_rows, linear_cross_entropy
+from lossops._linear_rows import CHUNK_ELEMENTS, default_chunk
+from lossops.functional import cross_entropy_with_metrics, linear_cross_entropy_with_metrics
+from lossops.linear_cross_entropy import linear_cross_entropy_reference
+
+pytestmark = pytest.mark.usefixtures("device")
+
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+H, C = 5, 11
+
+
+class Problem:
+    """A head's tensors, its target, and options of which floating tensors get a gradient."""
+
+    def __init__(
+        self,
+        batch: tuple[int, ...] = (7,),
+        out: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float64,
+        probabilities: bool = False,
+        ignore: bool = False,
+        lora: bool = False,
+        row_weight: bool = False,
+        learnable: bool = False,
+        classes: int = C,
+        hidden: int = H,
+        **options: Any,
+    ) -> None:
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+        self.leaves = {"input": drawn(*batch, hidden), "weight": drawn(classes, *out, hidden)}
+        self.leaves["bias"] = drawn(classes, *out)
+        self.options = options
+        self.lora = lora
+        if lora:
+            self.leaves |= {"a": drawn(3, hidden), "b": drawn(classes, *out, 3)}
+        if row_weight:
+            self.leaves["row_weight"] = torch.rand((*batch, *out), dtype=dtype).requires_grad_()
+        if learnable:
+            self.leaves["logit_scale"] = torch.tensor(1.25, dtype=dtype, requires_grad=True)
+        if probabilities:
+            self.target = torch.rand((*batch, classes, *out), dtype=dtype)
+            self.leaves["target"] = self.target.requires_grad_()
+        else:
+            self.target = torch.randint(0, classes, (*batch, *out))
+            if ignore:
+                self.target[torch.rand(self.target.shape) < 0.4] = -100
+
+    def call(self, function: Callable[..., Any], **overrides: Any) -> Callable[..., Any]:
+        """`function` of the leaves' values."""
+
+        def of(*values: Tensor) -> Any:
+            given = dict(zip(self.leaves, values, strict=True))
+            options = {**self.options, **overrides}
+            if self.lora:
+                options["lora"] = given["a"], given["b"], 0.5
+            for name in ("row_weight", "logit_scale"):
+                if name in given:
+                    options[name] = given[name]
+            target = given.get("target", self.target)
+            return function(given["input"], given["weight"], target, linear_bias=given["bias"], **options)
+
+        return of
+
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(self.leaves.values())
+
+    def exact(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach().double().requires_grad_() for t in self.leaves.values())
+
+
+def check(problem: Problem, reduction: str, chunk_size: int | None = 3, **overrides: Any) -> None:
+    """Value and all gradients for a random upstream gradient, against float64 with all logits."""
+    ours = problem.call(linear_cross_entropy, reduction=reduction, chunk_size=chunk_size, **overrides)
+    reference = problem.call(linear_cross_entropy_reference, reduction=reduction, **overrides)
+    upstream = torch.randn_like(reference(*problem.exact()))
+    actual = value_and_gradients(ours, problem.values(), upstream)
+    expected = value_and_gradients(reference, problem.exact(), upstream)
+    for name, a, e in zip(("loss", *problem.leaves), actual, expected, strict=True):
+        # Products are sums of up to 77 terms of size 3, in torch's own order.
+        assert_near(a, e, scale=100, message=name)
+        assert a.is_contiguous() or name == "loss"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ignored": {"ignore": True},
+    "family": {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "row_weight": True, "learnable": True},
+    "lora": {"lora": True, "z_loss": 0.1},
+    "shift": {"shift": True},
+    "shift, ignored, weighted": {"shift": True, "ignore": True, "row_weight": True},
+    "normalizer": {"normalizer": 3.5, "empty": "zero"},
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Values and first derivatives
+
+
+@each_reduction
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("given", OPTIONS)
+def test_values_and_gradients(given: str, probabilities: bool, reduction: str) -> None:
+    if probabilities and OPTIONS[given].get("ignore"):
+        pytest.skip("probabilities have no ignored rows")
+    for batch, out in itertools.product([(7,), (2, 4), (1,)], [(), (2,), (2, 3)]):
+        for chunk_size in (None, 1, 3):
+            problem = Problem(batch, out, probabilities=probabilities, **OPTIONS[given])
+            check(problem, reduction, chunk_size)
+
+
+@each_reduction
+def test_float32(reduction: str) -> None:
+    for out, given in itertools.product([(), (2,)], OPTIONS.values()):
+        check(Problem((2, 9), out, torch.float32, **given), reduction)
+
+
+@each_reduction
+def test_unbatched(reduction: str) -> None:
+    for probabilities in (False, True):
+        check(Problem((), probabilities=probabilities, row_weight=True), reduction)
+
+
+@each_reduction
+def test_class_weight(reduction: str) -> None:
+    weight = torch.rand(C, dtype=torch.float64) + 0.5
+    for probabilities in (False, True):
+        check(Problem(probabilities=probabilities, label_smoothing=0.2), reduction, weight=weight)
+    with_gradient = weight.clone().requires_grad_()
+    problem = Problem(probabilities=True, label_smoothing=0.2)
+    expected = problem.call(linear_cross_entropy_reference, weight=with_gradient)(*problem.values())
+    actual = problem.call(linear_cross_entropy, weight=with_gradient)(*problem.values())
+    leaves = with_gradient, *problem.values()
+    for a, e in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert_near(a, e, scale=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_narrow_targets(dtype: torch.dtype) -> None:
+    for shift in (False, True):
+        problem = Problem((2, 4), shift=shift)
+        problem.target = problem.target.to(dtype)
+        check(problem, "mean")
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none of its own before 2.13")
+@each_reduction
+@not_emulated
+def test_agrees_with_torch(reduction: str) -> None:
+    for out, probabilities in itertools.product([(), (2, 3)], [False, True]):
+        problem = Problem(out=out, probabilities=probabilities, label_smoothing=0.1, reduction=reduction)
+        ours, torchs = problem.call(linear_cross_entropy), problem.call(F.linear_cross_entropy)
+        upstream = torch.randn_like(torchs(*problem.values()))
+        actual = value_and_gradients(ours, problem.values(), upstream)
+        expected = value_and_gradients(torchs, problem.values(), upstream)
+        for a, e in zip(actual, expected, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+            assert_near(a, e, scale=100)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["index", "few classes", "large logits", "smoothing", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@cpu_only
+def test_16_bit_gradients_are_no_less_accurate_than_with_logits(dtype: torch.dtype, kind: str) -> None:
+    problem = Problem((300,), dtype=dtype, classes=1000, hidden=64, probabilities=kind == "probabilities")
+    with torch.no_grad():
+        problem.leaves["weight"] *= 1.0 if kind == "large logits" else 0.2
+    if kind == "few classes":
+        problem.target = problem.target % 3
+    if kind == "probabilities":
+        with torch.no_grad():
+            problem.target.copy_((8 * problem.target.double()).softmax(1))
+    smoothing = 0.1 if kind == "smoothing" else 0.0
+
+    def unchunked(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(input, weight, linear_bias), target, label_smoothing=smoothing)
+
+    exact = _gradients(problem.call(unchunked), problem.exact())
+    torchs = _gradients(problem.call(unchunked), problem.values())
+    ours = _gradients(
+        problem.call(linear_cross_entropy, chunk_size=64, label_smoothing=smoothing), problem.values()
+    )
+    for name, a, t, e in zip(problem.leaves, ours, torchs, exact, strict=True):
+        assert a.dtype == dtype
+        assert error(a, e) <= 1.02 * error(t, e) + 1e-6, name  # 2 %: roundings are a matter of luck
+
+
+def _gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+@cpu_only
+def test_ways_without_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has none, products are float32's: closer to the truth than 16 bits can be."""
+    monkeypatch.setattr("lossops._linear_rows.product_dtype", lambda x: torch.float32)
+    problem = Problem((40,), dtype=torch.bfloat16, classes=4100, hidden=8, lora=True)
+    exact = _gradients(problem.call(linear_cross_entropy_reference), problem.exact())
+    ours = _gradients(problem.call(linear_cross_entropy, chunk_size=16), problem.values())
+    for name, a, e in zip(problem.leaves, ours, exact, strict=True):
+        assert error(a, e) < 2**-8, name
+
+
+def test_float16_gradients_under_a_loss_scale() -> None:
+    problem = Problem((64,), dtype=torch.float16, classes=500, hidden=16)
+    exact = _gradients(problem.call(linear_cross_entropy_reference), problem.exact())
+    loss = problem.call(linear_cross_entropy)(*problem.values())
+    scaled = torch.autograd.grad(loss, problem.values(), torch.tensor(1024.0, dtype=torch.float16))
+    for name, a, e in zip(problem.leaves, scaled, exact, strict=True):
+        assert error(a.double() / 1024, e) < 2**-9, name
+
+
+@each_reduction
+def test_nothing_to_average(reduction: str) -> None:
+    for batch, ignored in (((4,), True), ((0,), False)):
+        for empty in ("nan", "zero"):
+            problem = Problem(batch, reduction=reduction, empty=empty)
+            if ignored:
+                problem.target.fill_(-100)
+            loss = problem.call(linear_cross_entropy)(*problem.values())
+            grads = torch.autograd.grad(loss.sum(), problem.values())
+            nan = reduction == "mean" and empty == "nan"
+            assert loss.isnan().all() if nan else (loss == 0).all()
+            assert all((g == 0).all() for g in grads) or nan
+
+
+def test_empty_zero_of_infinite_logits() -> None:
+    problem = Problem(empty="zero", normalizer=torch.tensor(0.0))
+    with torch.no_grad():
+        problem.leaves["bias"][3] = torch.inf
+    for loss, *grads in [value_and_gradients(problem.call(linear_cross_entropy), problem.values())]:
+        assert loss == 0
+        assert all((g == 0).all() for g in grads)
+
+
+@each_reduction
+def test_ignored_rows_may_hold_anything(reduction: str) -> None:
+    problem = Problem(reduction=reduction)
+    problem.target[[1, 4]] = -100
+    expected = value_and_gradients(problem.call(linear_cross_entropy), problem.values())
+    with torch.no_grad():
+        problem.leaves["input"][[1, 4]] = torch.nan
+    actual = value_and_gradients(problem.call(linear_cross_entropy, chunk_size=2), problem.values())
+    if torch.get_default_device().type == "cpu":  # where such rows enter no product
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, scale=10)
+
+
+def test_bitwise_the_same_from_run_to_run() -> None:
+    problem = Problem((64,), dtype=torch.float32, classes=700, hidden=32)
+    function = problem.call(linear_cross_entropy, chunk_size=24)
+    first, second = (value_and_gradients(function, problem.values()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@not_emulated
+def test_memory_layouts() -> None:
+    problem = Problem((6, 4), dtype=torch.float64)
+    expected = value_and_gradients(problem.call(linear_cross_entropy), problem.values())
+    leaves = [t.detach().transpose(0, -1).contiguous().transpose(0, -1) for t in problem.values()]
+    leaves = [t.requires_grad_() for t in leaves]
+    problem.target = problem.target.t().contiguous().t()
+    actual = value_and_gradients(problem.call(linear_cross_entropy), tuple(leaves))
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e, scale=10)
+
+
+# --------------------------------------------------------------------------------------------------
+# Any backward
+
+
+def test_every_backward_is_right() -> None:
+    problem = Problem(z_loss=0.1, chunk_size=3)
+    loss = problem.call(linear_cross_entropy)(*problem.values())
+    first = torch.autograd.grad(loss, problem.values(), retain_graph=True)
+    kept = [g.clone() for g in first]
+    third = torch.autograd.grad(loss, problem.values(), torch.tensor(-3.0), retain_graph=True)
+    again = torch.autograd.grad(loss, problem.values())
+    for a, b, c, k in zip(first, third, again, kept, strict=True):
+        assert torch.equal(a, k)  # no later backward writes to what an earlier one gave
+        assert_near(b, -3 * k, scale=10)
+        assert torch.equal(c, k)
+
+
+def test_accumulates_into_grad() -> None:
+    problem = Problem()
+    for _ in range(2):
+        problem.call(linear_cross_entropy)(*problem.values()).backward()
+    expected = _gradients(problem.call(linear_cross_entropy_reference), problem.values())
+    for leaf, e in zip(problem.values(), expected, strict=True):
+        assert_near(leaf.grad, 2 * e, scale=10)
+
+
+def test_changed_operands_are_noticed() -> None:
+    for name in ("input", "weight"):
+        problem = Problem()
+        values = {k: v * 1 for k, v in problem.leaves.items()}
+        loss = problem.call(linear_cross_entropy)(*values.values())
+        with torch.no_grad():
+            values[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@each_reduction
+def test_tied_weight(reduction: str) -> None:
+    """The input is made of the head's own weight, as with tied embeddings, to second order."""
+    tokens, mix = torch.randint(0, C, (7,)), torch.randn(H, H, dtype=torch.float64)
+    weight = torch.randn(C, H, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, C, (7,))
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        loss = function(weight[tokens] @ mix, weight, target, reduction=reduction).square().sum()
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        results.append((first, torch.autograd.grad(first.square().sum(), weight)[0]))
+    for a, e in zip(*results, strict=True):
+        assert_near(a, e, scale=1000)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@not_emulated
+def test_checkpoint_and_hooks(use_reentrant: bool) -> None:
+    problem = Problem(z_loss=0.1)
+    function = problem.call(linear_cross_entropy)
+    expected = _gradients(function, problem.values())
+    checkpoint(function, *problem.values(), use_reentrant=use_reentrant).backward()
+    for leaf, e in zip(problem.values(), expected, strict=True):
+        assert torch.equal(leaf.grad, e)
+    with torch.autograd.graph.save_on_cpu():
+        loss = function(*problem.values())
+    for a, e in zip(torch.autograd.grad(loss, problem.values()), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+# --------------------------------------------------------------------------------------------------
+# The least work
+
+
+def products(function: Callable[[], Any]) -> int:
+    """Matrix products that a call makes."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        function()
+    names = ("aten::mm", "aten::addmm", "aten::addmm_")
+    return sum(event.count for event in seen.key_averages() if event.key in names)
+
+
+def needing(problem: Problem, *names: str) -> Problem:
+    for name, leaf in problem.leaves.items():
+        leaf.requires_grad_(name in names)
+    return problem
+
+
+@cpu_only
+def test_products() -> None:
+    def steps(*names: str, ignored: int = 0, reduction: str = "mean") -> int:
+        problem = needing(Problem((8,), dtype=torch.float32), *names)
+        problem.target[:ignored] = -100
+
+        def step() -> None:
+            loss = problem.call(linear_cross_entropy, chunk_size=2, reduction=reduction)(*problem.values())
+            if names:
+                loss.sum().backward()
+
+        return products(step)
+
+    chunks = 4
+    assert steps("input", "weight", "bias") == 3 * chunks
+    assert steps("input") == 2 * chunks
+    assert steps("weight") == 2 * chunks
+    assert steps("bias") == chunks
+    assert steps() == chunks
+    assert steps("input", "weight", ignored=5) == 3 * 2
+    assert steps("input", "weight", ignored=8) == 0
+    assert steps("input", "weight", reduction="none") == 4 * chunks
+    assert steps("input", reduction="none") == 3 * chunks
+
+
+@cpu_only
+def test_frozen_base_of_lora() -> None:
+    problem = needing(Problem((8,), dtype=torch.float32, lora=True), "a", "b")
+    problem.call(linear_cross_entropy)(*problem.values()).backward()
+    assert problem.leaves["weight"].grad is None
+    a, b = problem.leaves["a"], problem.leaves["b"]
+    merged = problem.leaves["weight"] + 0.5 * b @ a
+    loss = F.cross_entropy(F.linear(problem.leaves["input"], merged, problem.leaves["bias"]), problem.target)
+    for leaf, expected in zip((a, b), torch.autograd.grad(loss, (a, b)), strict=True):
+        assert_near(leaf.grad, expected, scale=100)
+
+
+def test_default_chunk() -> None:
+    assert default_chunk(4096, 32000) == 512
+    assert default_chunk(10, 7) == 16
+    assert default_chunk(1000, 2 * CHUNK_ELEMENTS) == 1
+    for rows, width in itertools.product((1, 17, 1000, 12345), (1, 1000, 128256, 10**6)):
+        chunk = default_chunk(rows, width)
+        assert chunk >= 1 and (chunk * width <= CHUNK_ELEMENTS or chunk in (1, 16))
+
+
+@cpu_only
+def test_saves_nothing_of_the_logits_size() -> None:
+    problem = Problem((64,), dtype=torch.float32, classes=512, hidden=4)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        for reduction in REDUCTIONS:
+            problem.call(linear_cross_entropy, reduction=reduction)(*problem.values())
+    assert 0 < max(saved) <= 512 * 4
+
+
+def peak_of(step: Callable[[], None]) -> int:
+    """Bytes that a call touches at most beyond what the process held before it."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+    step()  # imports what it needs
+    readings = []
+    for _ in range(3):  # what else the process touches only adds
+        gc.collect()
+        lossops.empty_cache()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = status("VmRSS")
+        step()
+        readings.append(status("VmHWM") - before)
+    return min(readings)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="wants Linux's /proc")
+@pytest.mark.parametrize("way", ["mean", "none", "create_graph", "jvp"])
+@cpu_only
+def test_peak_memory(way: str) -> None:
+    """A chunk and what is of the size of operands and gradients, in every way to a derivative."""
+    rows, classes, hidden = 2048, 16384, 16
+    x = torch.randn(rows, hidden, requires_grad=True)
+    weight = torch.randn(classes, hidden, requires_grad=True)
+    target = torch.randint(0, classes, (rows,))
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            x, weight, target, reduction="none" if way == "none" else "mean", chunk_size=64
+        )
+
+    def step() -> None:
+        if way == "jvp":
+            torch.func.jvp(loss, (x.detach(), weight.detach()), (x.detach(), weight.detach()))
+            return
+        grads = torch.autograd.grad(loss(x, weight).sum(), (x, weight), create_graph=way == "create_graph")
+        if way == "create_graph":
+            torch.autograd.grad(sum(g.square().sum() for g in grads), (x, weight))
+
+    logits = 4 * rows * classes  # 134 MB; a chunk is 4 MB
+    assert peak_of(step) < logits / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Derivatives of every order and kind
+
+
+@each_reduction
+@pytest.mark.parametrize("given", ["plain", "family", "lora"])
+@not_emulated
+def test_gradcheck(given: str, reduction: str) -> None:
+    for out in ((), (2,)):
+        problem = Problem((4,), out, classes=5, hidden=3, reduction=reduction, **OPTIONS[given])
+        function = problem.call(linear_cross_entropy, chunk_size=3)
+        torch.autograd.gradcheck(
+            function, problem.values(), check_forward_ad=True, check_batched_grad=True, fast_mode=True
+        )
+        torch.autograd.gradgradcheck(function, problem.values(), fast_mode=True)
+
+
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian])
+@not_emulated
+def test_transforms(transform: Callable[..., Any]) -> None:
+    for probabilities in (False, True):
+        problem = Problem((4,), probabilities=probabilities, classes=5, hidden=3, **OPTIONS["family"])
+        values = tuple(v.detach() for v in problem.values())
+        which = tuple(range(len(values)))
+        actual = transform(problem.call(linear_cross_entropy, chunk_size=3), which)(*values)
+        expected = transform(problem.call(linear_cross_entropy_reference), which)(*values)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@not_emulated
+def test_vmap_of_grad() -> None:
+    """Gradients of each sample, and of each of several batches."""
+    problem = Problem((6,))
+    x, weight = problem.leaves["input"].detach(), problem.leaves["weight"].detach()
+
+    def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, target: function(x, weight, target, z_loss=0.1)
+
+    each = vmap(grad(loss(linear_cross_entropy), 1), (0, None, 0))(x, weight, problem.target)
+    for k in range(6):
+        one = loss(linear_cross_entropy_reference)
+        expected = grad(one, 1)(x[k : k + 1], weight, problem.target[k : k + 1])
+        assert_near(each[k], expected, scale=100)
+    several = torch.randn(3, 6, H, dtype=torch.float64)
+    batched = vmap(grad(loss(linear_cross_entropy), (0, 1)), (0, None, None))(several, weight, problem.target)
+    for k in range(3):
+        expected = grad(loss(linear_cross_entropy_reference), (0, 1))(several[k], weight, problem.target)
+        for a, e in zip(batched, expected, strict=True):
+            assert_near(a[k], e, scale=100)
+
+
+@not_emulated
+def test_third_order() -> None:
+    problem = Problem((3,), classes=4, hidden=2, z_loss=0.1)
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        value = problem.call(function)(*problem.values())
+        for _ in range(3):
+            grads = torch.autograd.grad(value, problem.values(), create_graph=True)
+            value = sum((g.square() * g).sum() for g in grads)
+        results.append(value)
+    assert_near(*results, scale=100)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilers and fake tensors
+
+
+@each_reduction
+@not_emulated
+def test_compile(reduction: str) -> None:
+    def model(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        loss = linear_cross_entropy(
+            torch.tanh(x), weight, target, linear_bias=bias, reduction=reduction, z_loss=0.1, chunk_size=3
+        )
+        return 2 * loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (7, 9):
+        problem = Problem((rows,))
+        leaves, target = problem.values(), problem.target
+        upstream = torch.randn_like(model(*leaves, target))
+        actual = value_and_gradients(lambda *v, t=target: compiled(*v, t), leaves, upstream)
+        expected = value_and_gradients(lambda *v, t=target: model(*v, t), leaves, upstream)
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, scale=10)
+
+
+@cpu_only
+def test_compile_with_inductor_and_metrics() -> None:
+    def model(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        loss, metrics = linear_cross_entropy_with_metrics(x, weight, target, chunk_size=3)
+        return loss + 0.1 * metrics.entropy.mean() + metrics.correct.double().mean()
+
+    torch._dynamo.reset()
+    problem = Problem()
+    leaves = problem.values()[:2]
+    compiled = torch.compile(model, fullgraph=True)
+    actual = value_and_gradients(lambda *v: compiled(*v, problem.target), leaves)
+    expected = value_and_gradients(lambda *v: model(*v, problem.target), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e, scale=10)
+
+
+@each_reduction
+@not_emulated
+def test_meta(reduction: str) -> None:
+    problem = Problem((2, 4), (3,), shift=True, reduction=reduction)
+    values = value_and_gradients(problem.call(linear_cross_entropy), problem.values())
+    problem.target = problem.target.to("meta")
+    leaves = tuple(v.detach().to("meta").requires_grad_() for v in problem.values())
+    metas = value_and_gradients(problem.call(linear_cross_entropy), leaves)
+    for meta, value in zip(metas, values, strict=True):
+        assert (meta.shape, meta.dtype) == (value.shape, value.dtype)
+
+
+def ops() -> list[tuple[Any, ...]]:
+    x, weight, target = torch.randn(7, H), torch.randn(C, H), torch.randint(0, C, (7,))
+    tensors = x, weight, torch.randn(C), target, None, torch.tensor(1.5), torch.randn(2, H), torch.randn(C, 2)
+    options = 0.5, C, 1.0, 3.0, -100, 0.1, True, True, 3, 0.0
+    needs = [True, False, True, False, True, True, False]
+    forward = torch.ops.lossops.linear_rows_forward.default
+    planes = forward(*tensors, *options)[0]
+    backward = torch.ops.lossops.linear_rows_backward.default
+    total = torch.ops.lossops.linear_total.default
+    return [
+        (forward, tensors, options),
+        (backward, (torch.randn_like(planes), planes, *tensors), (*options, needs)),
+        (total, (torch.rand(7), 0.1, *tensors), (*options, needs)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(3))
+@cpu_only
+def test_opcheck(which: int) -> None:
+    op, tensors, options = ops()[which]
+    torch.library.opcheck(op, (*tensors, *options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@cpu_only
+def test_a_gpu_is_not_waited_for(dtype: torch.dtype) -> None:
+    """Every pass on meta tensors, of which nobody can read a value: so a CUDA graph captures them."""
+    _, tensors, options = ops()[0]
+    named = dict(zip(_linear_rows.Head._fields, tensors, strict=False))
+    for name, tensor in named.items():
+        if tensor is not None:
+            cast = name in ("x", "weight", "bias", "lora_a", "lora_b")
+            named[name] = tensor.to("meta", dtype if cast else tensor.dtype)
+    needs = [True] * 3 + [False] + [True] * 3
+    given = (*named.values(), *options)
+    planes, *_ = _linear_rows._rows_forward_impl(*given)
+    grads = _linear_rows._rows_backward_impl(planes, planes, *given, needs)
+    _, _, _, *sums = _linear_rows._total_impl(planes[0], 0.1, *given, needs)
+    assert grads[1].shape == sums[1].shape == named["weight"].shape
+    assert (grads[1].dtype, sums[1].dtype) == (dtype, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics, shift, filter, autocast
+
+
+@each_reduction
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_metrics(probabilities: bool, reduction: str) -> None:
+    problem = Problem((7,), probabilities=probabilities, softcap=5.0, z_loss=0.1, label_smoothing=0.1)
+
+    def with_logits(x: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor, **options: Any) -> Any:
+        return cross_entropy_with_metrics(F.linear(x, weight, linear_bias), target, **options)
+
+    results = []
+    for function in (linear_cross_entropy_with_metrics, with_logits):
+        options = {"chunk_size": 3} if function is linear_cross_entropy_with_metrics else {}
+        call = problem.call(function, reduction=reduction, **options)
+        loss, metrics = call(*problem.values())
+        mixed = loss.sum() + (metrics.lse * metrics.entropy + metrics.logprob - metrics.z_loss).sum()
+        alone = (metrics.lse * metrics.entropy).sum()
+        grads = torch.autograd.grad(mixed, problem.values(), retain_graph=True)
+        grads += torch.autograd.grad(alone, problem.values(), allow_unused=True, materialize_grads=True)
+        results.append([loss, *metrics[:6], *grads])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
+
+
+def test_shift_in_rows() -> None:
+    problem = Problem((2, 4), (3,), shift=True, ignore=True)
+    call = problem.call(linear_cross_entropy_with_metrics, reduction="none")
+    loss, metrics = call(*problem.values())
+    assert loss.shape == metrics.predicted.shape == metrics.filtered.shape == (2, 3, 3)
+    expected = problem.call(linear_cross_entropy_reference, reduction="none")(*problem.values())
+    assert_near(loss, expected, scale=10)
+
+
+def test_shift_of_one_position() -> None:
+    problem = Problem((3, 1), shift=True)
+    assert problem.call(linear_cross_entropy, reduction="none")(*problem.values()).shape == (3, 0)
+    assert problem.call(linear_cross_entropy)(*problem.values()).isnan()
+
+
+@each_reduction
+@cpu_only
+def test_gradient_filter(reduction: str) -> None:
+    bound = 2**-6
+    problem = Problem((40,), dtype=torch.float64, classes=200, reduction=reduction, ignore=True)
+    with torch.no_grad():
+        problem.leaves["weight"] *= 3
+    options = {"gradient_filter": bound, "chunk_size": 8}
+    loss, metrics = problem.call(linear_cross_entropy_with_metrics, **options)(*problem.values())
+    exact = problem.call(linear_cross_entropy_reference)(*problem.values())
+    assert_near(loss, exact, scale=10)
+    upstream = torch.ones_like(loss)
+    actual = torch.autograd.grad(loss, problem.values(), upstream)
+    expected = torch.autograd.grad(exact, problem.values(), upstream)
+    p = F.linear(*problem.values()).softmax(1)
+    dropped = torch.zeros_like(p, dtype=torch.bool)
+    counted = problem.target != -100
+    for rows in counted.nonzero().squeeze(1).split(8):
+        least = p[rows].amax(0) < bound
+        least[problem.target[rows]] = False
+        dropped[rows] = least
+    assert 0.01 < (p * dropped)[counted].sum(1).mean() < 0.5  # or this test shows nothing
+    assert_near(metrics.filtered, (p * dropped).sum(1) * counted, scale=10)
+    # What is missing in the gradients is exactly what was dropped.
+    missing = p * dropped / (counted.sum() if reduction == "mean" else 1)
+    x, weight = problem.leaves["input"], problem.leaves["weight"]
+    for a, e, m in zip(actual, expected, (missing @ weight, missing.t() @ x, missing.sum(0)), strict=True):
+        assert_near(a, e - m, scale=100)
+
+
+@pytest.mark.parametrize("given", [{"label_smoothing": 0.1}, {"probabilities": True}, {"out": (2,)}])
+def test_gradient_filter_where_it_has_no_effect(given: dict[str, Any]) -> None:
+    problem = Problem(**given)
+    function = problem.call(linear_cross_entropy, gradient_filter=0.9)
+    for a, e in zip(
+        value_and_gradients(function, problem.values()),
+        value_and_gradients(problem.call(linear_cross_entropy), problem.values()),
+        strict=True,
+    ):
+        assert torch.equal(a, e)
+    assert any("gradient_filter" in text for text in lossops.explain(function, *problem.values()).notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@cpu_only
+def test_autocast(dtype: torch.dtype) -> None:
+    problem = Problem((16,), dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        loss = problem.call(linear_cross_entropy)(*problem.values())
+        torchs = F.cross_entropy(F.linear(*problem.values()), problem.target)
+    assert loss.dtype == torchs.dtype == torch.float32
+    exact = _gradients(problem.call(linear_cross_entropy_reference), problem.exact())
+    for a, e in zip(torch.autograd.grad(loss, problem.values()), exact, strict=True):
+        assert a.dtype == torch.float32
+        assert error(a, e) < 2**-6
+
+
+def test_modes_without_gradients() -> None:
+    problem = Problem()
+    expected = problem.call(linear_cross_entropy_reference)(*problem.values()).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = problem.call(linear_cross_entropy)(*problem.values())
+        assert not loss.requires_grad
+        assert_near(loss, expected, scale=10)
+
+
+@not_emulated
+def test_explain() -> None:
+    problem = Problem((7,), dtype=torch.float32)
+    explanation = lossops.explain(problem.call(linear_cross_entropy, chunk_size=3), *problem.values())
+    assert any("3 chunks of at most 3 rows, products in torch.float32" in n for n in explanation.notes)
+    assert [k.op for k in explanation.kernels[:2]] == [
+        "cross_entropy_rows_forward",
+        "cross_entropy_rows_backward",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors and the module
+
+
+WRONG: dict[str, tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], Any]]] = {
+    "0-d input": (
+        RuntimeError,
+        "input with dimensionality at least 1",
+        lambda x, w, t: linear_cross_entropy(x[0, 0], w, t),
+    ),
+    "1-d weight": (
+        RuntimeError,
+        "expected linear_weight with dimensionality at least 2, got 1",
+        lambda x, w, t: linear_cross_entropy(x, w[0], t),
+    ),
+    "features": (
+        RuntimeError,
+        "expected equal input and linear_weight last dimensions",
+        lambda x, w, t: linear_cross_entropy(x, w[:, 1:], t),
+    ),
+    "bias": (
+        RuntimeError,
+        re.escape("expected linear_bias shape (11,), got (10,)"),
+        lambda x, w, t: linear_cross_entropy(x, w, t, linear_bias=w[1:, 0]),
+    ),
+    "unbatched positions": (
+        RuntimeError,
+        "requires batched input",
+        lambda x, w, t: linear_cross_entropy(x[0], w.view(C, 1, H), t[:1]),
+    ),
+    "dtypes": (
+        RuntimeError,
+        "to have the same dtype, but got: torch.float32 != torch.float64",
+        lambda x, w, t: linear_cross_entropy(x, w.double(), t),
+    ),
+    "batch": (
+        ValueError,
+        re.escape("expected target of shape (7,)"),
+        lambda x, w, t: linear_cross_entropy(x, w, t[1:]),
+    ),
+    "float target": (
+        RuntimeError,
+        "expected target dtype to be Long, Int or Byte",
+        lambda x, w, t: linear_cross_entropy(x, w, t.float()),
+    ),
+    "integer probabilities": (
+        RuntimeError,
+        "Expected floating point type for target with class probabilities",
+        lambda x, w, t: linear_cross_entropy(x, w, torch.ones(7, C, dtype=torch.int64)),
+    ),
+    "ignored probabilities": (
+        RuntimeError,
+        "ignore_index cannot be specified when target contains probabilities",
+        lambda x, w, t: linear_cross_entropy(x, w, torch.ones(7, C), ignore_index=-100),
+    ),
+    "class weight": (
+        RuntimeError,
+        "weight tensor should be defined either for all 11 classes",
+        lambda x, w, t: linear_cross_entropy(x, w, t, weight=w[1:, 0]),
+    ),
+    "class weight with a gradient": (
+        RuntimeError,
+        "not differentiable with respect to argument 'weight'",
+        lambda x, w, t: linear_cross_entropy(x, w, t, weight=w[:, 0].detach().requires_grad_()),
+    ),
+    "smoothing": (
+        RuntimeError,
+        "label_smoothing must be between 0.0 and 1.0",
+        lambda x, w, t: linear_cross_entropy(x, w, t, label_smoothing=1.5),
+    ),
+    "reduction": (
+        ValueError,
+        "is not a valid value for reduction",
+        lambda x, w, t: linear_cross_entropy(x, w, t, reduction="avg"),
+    ),
+    "chunk": (
+        ValueError,
+        "expected chunk_size to be a positive int or None, got 0",
+        lambda x, w, t: linear_cross_entropy(x, w, t, chunk_size=0),
+    ),
+    "filter": (
+        ValueError,
+        "expected gradient_filter to be a float between 0 and 1",
+        lambda x, w, t: linear_cross_entropy(x, w, t, gradient_filter=2.0),
+    ),
+    "shift of one row": (
+        ValueError,
+        "shift=True wants input of shape",
+        lambda x, w, t: linear_cross_entropy(x[0], w, t[0], shift=True),
+    ),
+    "row weight": (
+        ValueError,
+        "expected row_weight of shape",
+        lambda x, w, t: linear_cross_entropy(x, w, t, row_weight=x[:, 1:]),
+    ),
+    "lora": (
+        TypeError,
+        "expected lora to be",
+        lambda x, w, t: linear_cross_entropy(x, w, t, lora=(x, w)),
+    ),
+    "lora's shapes": (
+        RuntimeError,
+        re.escape("expected lora to be A of shape (r, 5) and B of shape (11, 'r')"),
+        lambda x, w, t: linear_cross_entropy(x, w, t, lora=(x[:2], w[:, :3], 1.0)),
+    ),
+    "integers": (
+        NotImplementedError,
+        "not implemented for input of dtype torch.int64",
+        lambda x, w, t: linear_cross_entropy(x.long(), w.long(), t),
+    ),
+    "no tensor": (
+        TypeError,
+        "expected input to be a Tensor, got list",
+        lambda x, w, t: linear_cross_entropy([1.0], w, t),
+    ),
+    "out_dtype": (
+        TypeError,
+        "expected out_dtype to be",
+        lambda x, w, t: linear_cross_entropy(x, w, t, out_dtype=torch.int64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@cpu_only
+def test_errors_are_sentences(name: str) -> None:
+    kind, text, call = WRONG[name]
+    x, weight, target = torch.randn(7, H), torch.randn(C, H), torch.randint(0, C, (7,))
+    with pytest.raises(kind, match=text) as raised:
+        call(x, weight, target)
+    assert "linear_cross_entropy: " in str(raised.value) or name == "reduction"
+
+
+def test_class_index_out_of_range(device: str) -> None:
+    problem = Problem((9,))
+    problem.target[7] = C
+    for needs_grad in (True, False):
+        leaves = tuple(v.detach().requires_grad_(needs_grad) for v in problem.values())
+        with raises_index_error(device, match="11"):
+            problem.call(linear_cross_entropy, chunk_size=4)(*leaves)
+
+
+MODULES: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": True, "weight": torch.rand(C) + 0.5, "ignore_index": 3},
+    {"out_features": (2, 3), "bias": True, "reduction": "none", "label_smoothing": 0.1},
+)
+
+
+@pytest.mark.parametrize("given", range(len(MODULES)))
+@cpu_only
+def test_module(given: int) -> None:
+    arguments = copy.deepcopy(MODULES[given])
+    module = LinearCrossEntropyLoss(H, C, **arguments)
+    x = torch.randn(7, H)
+    target = torch.randint(0, C, (7, *arguments.get("out_features", ())))
+    expected = module(x, target)
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        theirs = torch.nn.LinearCrossEntropyLoss(H, C, **copy.deepcopy(arguments))
+        theirs.load_state_dict(module.state_dict())
+        assert_near(expected, theirs(x, target).double(), scale=10)
+        for name in ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"):
+            assert getattr(module, name) == getattr(theirs, name)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x, target), expected)
+    expected.sum().backward()
+    assert module.linear.weight.grad is not None
+
+
+@cpu_only
+def test_module_refuses_what_torchs_does() -> None:
+    with pytest.raises(RuntimeError, match="expected weight shape to be"):
+        LinearCrossEntropyLoss(H, C, weight=torch.ones(C + 1))
+    with pytest.raises(RuntimeError, match="expected label_smoothing to be in range"):
+        LinearCrossEntropyLoss(H, C, label_smoothing=2.0)
