@@ -1,8 +1,9 @@
 """torch's own losses on the fused kernels, in code that nobody can edit: the calls are redirected.
 
 A :class:`torch.overrides.TorchFunctionMode` sees every call of torch's Python API in its scope. This one
-takes two of them, ``torch.nn.functional.cross_entropy`` and ``mse_loss`` (and with them
-``nn.CrossEntropyLoss`` and ``nn.MSELoss``, which call these), and lets the others through.
+takes three of them, ``torch.nn.functional.cross_entropy``, ``mse_loss`` and, where torch has it,
+``linear_cross_entropy`` (and with them the modules of ``torch.nn``, which call these), and lets the others
+through.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from . import _C
 from ._autograd import KERNEL_DTYPES
 from ._explain import note
 from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 from .mse import mse_loss
 
 _torch_cross_entropy = torch.nn.functional.cross_entropy
 _torch_mse_loss = torch.nn.functional.mse_loss
+_torch_linear = getattr(torch.nn.functional, "linear_cross_entropy", None)  # torch 2.13 has it
 
 # They run Python of the caller's: hooks, recomputation of what was checkpointed.
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
@@ -70,6 +73,8 @@ class FusedLosses(TorchFunctionMode):
             return self._route(func, cross_entropy, _why_not_cross_entropy(*args, **kwargs), args, kwargs)
         if func is _torch_mse_loss:
             return self._route(func, mse_loss, _why_not_mse_loss(*args, **kwargs), args, kwargs)
+        if func is _torch_linear:
+            return self._route(func, linear_cross_entropy, _why_not_linear(*args, **kwargs), args, kwargs)
         if func in _BACKWARD and _redispatch is not None:
             with self:  # the handler of a mode runs without it
                 return _redispatch(func, types, args, kwargs)
@@ -115,10 +120,11 @@ def fused_losses(strict: bool = False) -> FusedLosses:
             trainer.train()  # code that calls torch.nn.functional.cross_entropy, or a module that does
         print(mode.routed, mode.passed_on)
 
-    Within it ``torch.nn.functional.cross_entropy`` and ``mse_loss`` are :func:`lossops.cross_entropy` and
-    :func:`lossops.mse_loss`, with their results and errors: an error that torch raises is raised with the
-    same type, and what only torch refuses (such as int32 targets) is computed. On a GPU a class index out of
-    range is one for :func:`lossops.check_async_errors`.
+    Within it ``torch.nn.functional.cross_entropy``, ``mse_loss`` and ``linear_cross_entropy`` are
+    :func:`lossops.cross_entropy`, :func:`lossops.mse_loss` and :func:`lossops.linear_cross_entropy`, with
+    their results and errors: an error that torch raises is raised with the same type, and what only torch
+    refuses (such as int32 targets) is computed. On a GPU a class index out of range is one for
+    :func:`lossops.check_async_errors`.
 
     What no kernel of lossops takes goes to torch unchanged: other devices (mps, ..., and a GPU where lossops
     was built without CUDA), dtypes (complex, 8-bit, integer logits) and layouts (sparse, nested), subclasses
@@ -209,6 +215,16 @@ def _why_not_cross_entropy(
         _why_not("input", input, KERNEL_DTYPES)
         or _why_not("target", target, _TARGET_DTYPES)
         or _why_not("weight", weight, KERNEL_DTYPES)
+    )
+
+
+def _why_not_linear(
+    input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, weight: Any = None, **_kwargs: Any
+) -> str | None:
+    return (
+        _why_not_cross_entropy(input, target, weight)
+        or _why_not("linear_weight", linear_weight, KERNEL_DTYPES)
+        or _why_not("linear_bias", linear_bias, KERNEL_DTYPES)
     )
 
 

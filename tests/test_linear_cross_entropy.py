@@ -935,3 +935,16 @@ def test_module_refuses_what_torchs_does() -> None:
         LinearCrossEntropyLoss(H, C, weight=torch.ones(C + 1))
     with pytest.raises(RuntimeError, match="expected label_smoothing to be in range"):
         LinearCrossEntropyLoss(H, C, label_smoothing=2.0)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none of its own before 2.13")
+@cpu_only
+def test_fused_losses_routes_torchs() -> None:
+    module = torch.nn.LinearCrossEntropyLoss(H, C, bias=True)
+    x, target = torch.randn(7, H), torch.randint(0, C, (7,))
+    expected = module(x, target)
+    with lossops.fused_losses(strict=True) as mode:
+        assert_near(module(x, target), expected.double())
+        with pytest.raises(NotImplementedError, match="linear_weight has dtype"):
+            F.linear_cross_entropy(x, torch.ones(C, H, dtype=torch.complex64), target)
+    assert mode.routed == {"linear_cross_entropy": 1}
