@@ -48,7 +48,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     """(C*D)"""
     target: Tensor
-    """(N), or (N, D); probabilities (N, C), or (N, C, D)"""
+    """int64 (N), or (N, D); probabilities (N, C), or (N, C, D)"""
     class_weight: Tensor | None
     scale_tensor: Tensor | None
     lora_a: Tensor | None

@@ -170,7 +170,7 @@ def _index_target(op: str, shape: _Shape, target: Tensor) -> bool:
             f"{op}: expected target of shape {shape.rows} for input of shape (*, H) = {(*shape.batch, '*')} "
             f"and {shape.classes} classes, got {got}"
         )
-    if target.is_floating_point() or target.is_complex():
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise RuntimeError(
             f"{op}: expected target dtype to be Long, Int or Byte for class indices, got {target.dtype}"
         )
@@ -274,8 +274,8 @@ def _run(
     dtype = loss_dtype(input, target, weight, out_dtype or autocast)
     ignored = -100 if ignore_index is None else ignore_index
 
-    if shift and index_target:
-        target = target.long()  # a narrow target may not hold the ignored class
+    if index_target:
+        target = target.long()  # or a narrow target would meet the ignored class modulo its own range
     target = shape.moved(target, ignored if index_target else 0.0)
     flat = (shape.classes, *shape.positions) if not index_target else shape.positions
     target = target.reshape(math.prod(shape.batch), *flat)
