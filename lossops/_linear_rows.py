@@ -91,6 +91,13 @@ class Head(NamedTuple):
         return [self.x.shape[0], *self.target.shape[plain:]]
 
     @property
+    def counted(self) -> Tensor:
+        """Which rows are not ignored, as bool of shape (N), or (N, D)."""
+        if self.index_target:
+            return self.target != self.ignore_index
+        return torch.ones(self.row_shape, dtype=torch.bool, device=self.target.device)
+
+    @property
     def accumulator(self) -> torch.dtype:
         return accumulation(self.x, self.target, self.class_weight)
 
@@ -202,8 +209,7 @@ def _chunks(head: Head) -> Iterator[_Chunk]:
     count, width = head.x.shape[0], head.weight.shape[0]
     picked = None
     if head.index_target and head.x.device.type == "cpu":
-        counted = head.target != head.ignore_index
-        counted = counted if counted.dim() == 1 else counted.any(1)
+        counted = head.counted if head.target.dim() == 1 else head.counted.any(1)
         if not counted.all():
             picked = counted.nonzero().squeeze(1)
             count = picked.shape[0]
@@ -600,6 +606,8 @@ class LinearTotal(Function):
         head, grads = Head(*rest[:8], *options), rest[8:]
         if grad_total is None and grad_planes is None:
             return (None,) * (5 + len(head))
+        if grad_total is not None:  # that of a mean of no rows is infinite, and their gradients are 0
+            grad_total = grad_total.masked_fill(~head.counted.any(), 0)
         if grad_planes is not None or differentiates_backward():
             to_weight, grads = _of_total(head, planes, row_weight, z_loss, needs, grad_total, grad_planes)
         else:

@@ -319,7 +319,8 @@ def _run(
         float(gradient_filter or 0.0) if filtering else 0.0,
     )
     _note_chunks(head)
-    if reduction != NONE and wants_total(head):
+    nothing = shift and input.shape[-2] < 2  # no position has a next one
+    if reduction != NONE and wants_total(head) and not nothing:
         total, planes, predicted, filtered = linear_total(head, row_weight, family, metrics)
         rows = shape.kept(planes, 1)
         if reduction == MEAN:
