@@ -68,14 +68,14 @@ def linear_cross_entropy_reference(
             row_weight = options["row_weight"]
             options["row_weight"] = row_weight.narrow(input.dim() - 2, 1, input.shape[-2]).flatten()
     batch, (classes, *out) = input.shape[:-1], linear_weight.shape[:-1]
-    logits = input.reshape(-1, input.shape[-1]) @ linear_weight.flatten(0, -2).t()
+    logits = input.reshape(math.prod(batch), input.shape[-1]) @ linear_weight.flatten(0, -2).t()
     if linear_bias is not None:
         logits = logits + linear_bias.flatten()
-    logits = logits.view(-1, classes, math.prod(out))
-    index_target = not target.is_floating_point()
-    target = target.reshape((-1, math.prod(out)) if index_target else logits.shape)
+    rows = math.prod(batch), math.prod(out)
+    logits = logits.view(rows[0], classes, rows[1])
+    target = target.reshape(logits.shape if target.is_floating_point() else rows)
     if options.get("row_weight") is not None:
-        options["row_weight"] = options["row_weight"].reshape(-1, math.prod(out))
+        options["row_weight"] = options["row_weight"].reshape(rows)
     loss = cross_entropy_reference(logits, target, **options)
     return loss.view((*batch, *out)) if options.get("reduction") == "none" else loss
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lossops.functional import linear_cross_entropy
+from lossops.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
+from lossops.linear_cross_entropy import linear_cross_entropy_reference
 
 each_reduction = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 
@@ -32,3 +33,41 @@ def test_other_targets_are_refused(dtype: torch.dtype) -> None:
     target = torch.zeros(2, dtype=dtype)
     with pytest.raises(RuntimeError, match="Long, Int or Byte"):
         linear_cross_entropy(torch.randn(2, 3), torch.randn(4, 3), target)
+
+
+@pytest.mark.parametrize("classes", [3, 1 << 21], ids=["many rows a chunk", "few rows a chunk"])
+def test_no_rows_and_the_default_chunk(classes: int) -> None:
+    x, w = torch.randn(0, 1), torch.randn(classes, 1)
+    assert linear_cross_entropy(x, w, torch.zeros(0, dtype=torch.int64), reduction="sum") == 0
+
+
+@pytest.mark.parametrize("ways", ["first", "create_graph"])
+@pytest.mark.parametrize("batch", ["ignored", "empty", "probabilities", "one position", "its probabilities"])
+def test_a_mean_of_nothing_has_no_gradient(batch: str, ways: str) -> None:
+    """The loss is NaN; the gradients are 0, as torch's are, and the weight survives the step."""
+    rows = {"ignored": 3, "one position": 1, "its probabilities": 1}.get(batch, 0)
+    x = torch.randn(rows, 4, requires_grad=True)
+    w = torch.randn(5, 4, requires_grad=True)
+    bias = torch.randn(5, requires_grad=True)
+    target = torch.rand(rows, 5) if "probabilities" in batch else torch.full((rows,), -100)
+    shift = rows == 1
+    loss = linear_cross_entropy(x, w, target, linear_bias=bias, shift=shift)
+    assert loss.isnan()
+    grads = torch.autograd.grad(loss, (x, w, bias), create_graph=ways == "create_graph")
+    assert all((grad == 0).all() for grad in grads)
+
+
+@each_reduction
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_unbatched_row_weight_and_metrics(probabilities: bool, reduction: str) -> None:
+    x = torch.randn(4, requires_grad=True)
+    w = torch.randn(5, 4, requires_grad=True)
+    target = torch.rand(5) if probabilities else torch.tensor(2)
+    row_weight = torch.tensor(0.5, requires_grad=True)
+    options = {"row_weight": row_weight, "reduction": reduction}
+    loss, metrics = linear_cross_entropy_with_metrics(x, w, target, **options)
+    expected = linear_cross_entropy_reference(x, w, target, **options)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, x, w, row_weight), gradients(expected, x, w, row_weight))
+    assert all(value.shape == () for value in metrics)
+    assert metrics.predicted == F.linear(x, w).argmax()
