@@ -739,13 +739,15 @@ class Chunked(Function):
 
     @staticmethod
     def forward(plan, *tensors):
+        # Without tangents (a vmapped tensor has none): torch.func switches forward mode on again.
+        primals = [x if is_batched(x) else x.detach() for x in tensors]
         parts: list[list[Tensor]] = [[] for _ in plan.outputs]
         dtypes: list[torch.dtype] = []
         for start in range(0, max(1, plan.rows), plan.chunk):
             size = min(plan.chunk, plan.rows - start)
             pieces = [
                 x if dim is None else x.narrow(dim, start, size)
-                for x, dim in zip(tensors, plan.inputs, strict=True)
+                for x, dim in zip(primals, plan.inputs, strict=True)
             ]
             results = plan.function(*pieces)
             dtypes = [result.dtype for result in results]

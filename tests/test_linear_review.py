@@ -71,3 +71,15 @@ def test_unbatched_row_weight_and_metrics(probabilities: bool, reduction: str) -
     torch.testing.assert_close(gradients(loss, x, w, row_weight), gradients(expected, x, w, row_weight))
     assert all(value.shape == () for value in metrics)
     assert metrics.predicted == F.linear(x, w).argmax()
+
+
+def test_forward_mode_along_probabilities() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(*values, softcap=3.0, z_loss=0.1, chunk_size=2)
+
+    modes = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    torch.autograd.gradcheck(loss, (x, w, target), fast_mode=True, **modes)
