@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -471,6 +472,11 @@ def _total_impl(row_weight: Tensor | None, z_loss: float, *args: Any) -> tuple[T
     return results.tensors() + gradients.tensors()
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device)  # it is not for the meta device
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 def _plainly(impl: Callable[..., tuple[Tensor, ...]], first: int) -> Callable[..., tuple[Tensor, ...]]:
     """Products in the dtypes chosen here, whatever autocast says; nothing recorded.
 
@@ -479,7 +485,7 @@ def _plainly(impl: Callable[..., tuple[Tensor, ...]], first: int) -> Callable[..
 
     @torch.no_grad()
     def run(*args: Any) -> tuple[Tensor, ...]:
-        with torch.autocast(args[first].device.type, enabled=False):
+        with _without_autocast(args[first].device.type):
             return impl(*args)
 
     return run
@@ -797,7 +803,7 @@ def _general_plan(head: Head) -> tuple[_Plan, tuple[int, ...]]:
     dtype = product_dtype(head.x)
 
     def function(*tensors):
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with _without_autocast(tensors[0].device.type):
             return (planes(*tensors),)
 
     def planes(*tensors):

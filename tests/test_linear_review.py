@@ -83,3 +83,11 @@ def test_forward_mode_along_probabilities() -> None:
 
     modes = {"check_forward_ad": True, "check_batched_forward_grad": True}
     torch.autograd.gradcheck(loss, (x, w, target), fast_mode=True, **modes)
+
+
+def test_second_derivatives_on_the_meta_device() -> None:
+    x, w = (torch.empty(n, 3, device="meta", requires_grad=True) for n in (5, 4))
+    target = torch.empty(5, dtype=torch.int64, device="meta")
+    (grad,) = torch.autograd.grad(linear_cross_entropy(x, w, target), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), w)
+    assert second.shape == w.shape
