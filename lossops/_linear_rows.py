@@ -78,6 +78,14 @@ class Head(NamedTuple):
         return tuple(self[place] for place in _PLACES)
 
     @property
+    def sum_dtypes(self) -> list[torch.dtype]:
+        """What the gradients are summed in, in the order of _GRADIENTS: those of products in the type of
+        theirs, whatever that of a low-rank addition is."""
+        own: dict[str, Tensor | None] = {"target": self.target, "scale_tensor": self.scale_tensor}
+        like = [own.get(name) for name in _GRADIENTS]
+        return [torch.promote_types((self.x if t is None else t).dtype, torch.float32) for t in like]
+
+    @property
     def options(self) -> tuple[float, float, int, float]:
         return self.scale, self.softcap, self.ignore_index, self.label_smoothing
 
@@ -320,9 +328,8 @@ class _Gradients:
         # make it: those of the rows' own classes are added apart, unrounded.
         self.apart = dtype in _SIXTEEN and head.index_target and head.target.dim() == 1
         self.sums: dict[str, Tensor] = {}
-        for name, like in zip(_GRADIENTS, head.differentiable, strict=True):
+        for name, like, dtype in zip(_GRADIENTS, head.differentiable, head.sum_dtypes, strict=True):
             if self.needs[name]:
-                dtype = torch.promote_types(like.dtype, torch.float32)
                 self.sums[name] = like.new_zeros(like.shape, dtype=dtype)
 
     def add(self, chunk: _Chunk, planes: Tensor, g: Tensor, classes: Tensor | None) -> None:
@@ -505,10 +512,9 @@ _total = torch.ops.lossops.linear_total.default
 
 def _fake_gradients(head: Head, needs: Sequence[bool], kept: bool) -> tuple[Tensor, ...]:
     gradients = []
-    for x, need in zip(head.differentiable, needs, strict=True):
+    for x, dtype, need in zip(head.differentiable, head.sum_dtypes, needs, strict=True):
         if need:
-            dtype = torch.promote_types(x.dtype, torch.float32) if kept else x.dtype
-            gradients.append(x.new_empty(x.shape, dtype=dtype))
+            gradients.append(x.new_empty(x.shape, dtype=dtype if kept else x.dtype))
         else:
             gradients.append(head.x.new_empty((0,)))
     return tuple(gradients)

@@ -91,3 +91,22 @@ def test_second_derivatives_on_the_meta_device() -> None:
     (grad,) = torch.autograd.grad(linear_cross_entropy(x, w, target), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), w)
     assert second.shape == w.shape
+
+
+@each_reduction
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_of_lora(dtype: torch.dtype, low: torch.dtype, reduction: str) -> None:
+    """A and B may have another dtype than the head; their gradients have theirs."""
+    x, w = (torch.randn(n, 3, dtype=dtype, requires_grad=True) for n in (6, 5))
+    a, b = (torch.randn(size, dtype=low, requires_grad=True) for size in ((2, 3), (5, 2)))
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+    values = x, w, a, b
+    loss = linear_cross_entropy(x, w, target, lora=(a, b, 0.5), reduction=reduction, chunk_size=4)
+    exact = [v.detach().double().requires_grad_() for v in values]
+    expected = linear_cross_entropy_reference(*exact[:2], target, lora=(*exact[2:], 0.5), reduction=reduction)
+    near = {"rtol": 0.05, "atol": 0.05} if torch.bfloat16 in (dtype, low) else {"rtol": 1e-5, "atol": 1e-5}
+    grads = gradients(loss, *values)
+    assert [grad.dtype for grad in grads] == [v.dtype for v in values]
+    for grad, want in zip(grads, gradients(expected, *exact), strict=True):
+        torch.testing.assert_close(grad.double(), want, **near)
