@@ -31,6 +31,13 @@ from ._small import is_batched
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 
+# Whether this processor has products of 16-bit types. Asked once, and not where torch.compile would have to
+# trace the question, which it refuses to.
+_CPU_PRODUCTS = {
+    torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", bool)(),
+    torch.bfloat16: getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(),
+}
+
 # A chunk's logits: 64 MiB in float32. Enough rows to keep the products near their full speed, in which each
 # chunk reads and writes the weight's gradient once more, and little beside the weight of such a head.
 CHUNK_ELEMENTS = 1 << 24
@@ -146,8 +153,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     which torch then emulates at a fifth to a hundredth of float32's speed."""
     if x.dtype not in _SIXTEEN or x.device.type != "cpu":
         return x.dtype
-    has = "_is_amx_fp16_supported" if x.dtype == torch.float16 else "_is_avx512_bf16_supported"
-    return x.dtype if getattr(torch.cpu, has, bool)() else torch.float32
+    return x.dtype if _CPU_PRODUCTS[x.dtype] else torch.float32
 
 
 class _Layer:

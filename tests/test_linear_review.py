@@ -110,3 +110,18 @@ def test_dtypes_of_lora(dtype: torch.dtype, low: torch.dtype, reduction: str) ->
     assert [grad.dtype for grad in grads] == [v.dtype for v in values]
     for grad, want in zip(grads, gradients(expected, *exact), strict=True):
         torch.testing.assert_close(grad.double(), want, **near)
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "float16", "autocast"])
+def test_compiles_16_bit_heads(way: str) -> None:
+    dtype = torch.float32 if way == "autocast" else getattr(torch, way)
+    x, w = (torch.randn(n, 3, dtype=dtype, requires_grad=True) for n in (6, 5))
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+
+    def loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
+            return linear_cross_entropy(x, w, target)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, w)
+    torch.testing.assert_close(compiled, loss(x, w))
+    torch.testing.assert_close(gradients(compiled, x, w), gradients(loss(x, w), x, w))
