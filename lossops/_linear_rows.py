@@ -614,13 +614,15 @@ class LinearTotal(Function):
         ctx.mark_non_differentiable(predicted, filtered, *(() if metrics else (planes,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(planes, row_weight, *head[:8], *grads)
-        ctx.options = z_loss, zero, needs, head[8:]
+        ctx.options = z_loss, zero, metrics, needs, head[8:]
         return ordered_sum(losses, torch.float64), planes, predicted, filtered
 
     @staticmethod
     def backward(ctx, grad_total, grad_planes, _predicted, _filtered):
         planes, row_weight, *rest = ctx.saved_tensors
-        z_loss, zero, needs, options = ctx.options
+        z_loss, zero, metrics, needs, options = ctx.options
+        if not metrics:
+            grad_planes = None  # compiled code passes zeros
         head, grads = Head(*rest[:8], *options), rest[8:]
         if grad_total is None and grad_planes is None:
             return (None,) * (5 + len(head))
@@ -630,11 +632,9 @@ class LinearTotal(Function):
             to_weight, grads = _of_total(head, planes, row_weight, z_loss, needs, grad_total, grad_planes)
         else:
             to_weight = _to_row_weight(planes, row_weight, z_loss, grad_total)
-            # A mean over nothing divides by 0; what nothing has gone into stays 0, as where it is ignored.
-            factor = grad_total.where(_counts(head, row_weight), 0)
             again = _may_be_called_again(grad_total)
             grads = [
-                _times(grad, factor, x.dtype, again, zero) if need else None
+                _times(grad, grad_total, x.dtype, again, zero) if need else None
                 for grad, x, need in zip(grads, head.differentiable, needs, strict=True)
             ]
         to_weight = to_weight if ctx.needs_input_grad[0] else None
@@ -664,16 +664,6 @@ def _to_row_weight(planes, row_weight, z_loss, grad_total):
         return None
     losses = row_losses(without_unused(planes, Family(z_loss=z_loss, row_weight=row_weight)), z_loss)
     return (grad_total * losses).to(row_weight.dtype).reshape(row_weight.shape)
-
-
-def _counts(head: Head, row_weight: Tensor | None) -> Tensor:
-    """Whether any row does."""
-    counts = head.x.new_ones(head.row_shape, dtype=torch.bool)
-    if head.index_target:
-        counts = head.target != head.ignore_index
-    if row_weight is not None:
-        counts = counts & (row_weight != 0)
-    return counts.any()
 
 
 def _may_be_called_again(grad: Tensor) -> bool:

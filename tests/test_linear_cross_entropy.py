@@ -406,6 +406,16 @@ def test_products() -> None:
 
 
 @cpu_only
+def test_products_of_compiled_code() -> None:
+    """No backward that computes logits once more, as it would for metrics."""
+    problem = Problem((8,), dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(problem.call(linear_cross_entropy, chunk_size=2), fullgraph=True)
+    compiled(*problem.values()).backward()
+    assert products(lambda: compiled(*problem.values()).backward()) == 3 * 4
+
+
+@cpu_only
 def test_frozen_base_of_lora() -> None:
     problem = needing(Problem((8,), dtype=torch.float32, lora=True), "a", "b")
     problem.call(linear_cross_entropy)(*problem.values()).backward()
