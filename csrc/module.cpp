@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -47,15 +48,15 @@ Problem small_cross_entropy(uintptr_t logits, uintptr_t target, char* stats, int
   return call;
 }
 
-// (normalizer of the mean, stats for the backward); the normalizer is negative where a class index is
-// out of range. The stats are Python bytes: a second tensor would cost more than the kernel.
-std::pair<double, pybind11::bytes> small_cross_entropy_forward(uintptr_t logits, uintptr_t target,
-                                                               uintptr_t loss, int64_t rows, int64_t classes,
-                                                               int64_t ignore_index) {
-  auto stats = pybind11::reinterpret_steal<pybind11::bytes>(
-      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * rows * sizeof(float))));
+// What the backward needs, the normalizer of the mean and the stats of all rows, or None where a class index is
+// out of range. It is Python bytes: a second tensor would cost more than the kernel.
+pybind11::object small_cross_entropy_forward(uintptr_t logits, uintptr_t target, uintptr_t loss, int64_t rows,
+                                             int64_t classes, int64_t ignore_index) {
+  auto kept = pybind11::reinterpret_steal<pybind11::bytes>(PyBytes_FromStringAndSize(
+      nullptr, static_cast<Py_ssize_t>(sizeof(double) + 2 * rows * sizeof(float))));
+  char* const bytes = PyBytes_AsString(kept.ptr());
   auto call =
-      small_cross_entropy<CrossEntropyForward>(logits, target, PyBytes_AsString(stats.ptr()), rows, classes);
+      small_cross_entropy<CrossEntropyForward>(logits, target, bytes + sizeof(double), rows, classes);
   call.ignore_index = ignore_index;
   call.loss = at<void>(loss);
   double normalizer = 0;
@@ -63,15 +64,20 @@ std::pair<double, pybind11::bytes> small_cross_entropy_forward(uintptr_t logits,
   call.normalizer = &normalizer;
   call.bad_target = &bad_target;
   cpu::launch(call);
-  return {bad_target ? -1 : normalizer, std::move(stats)};
+  if (bad_target) return pybind11::none();
+  std::memcpy(bytes, &normalizer, sizeof(double));
+  return kept;
 }
 
 // False where a class index is out of range: the target was changed since the forward.
 bool small_cross_entropy_backward(uintptr_t grad_loss, uintptr_t logits, uintptr_t target,
                                   uintptr_t grad_logits, int64_t rows, int64_t classes, int64_t ignore_index,
-                                  double normalizer, const pybind11::bytes& stats) {
+                                  const pybind11::bytes& kept) {
+  char* const bytes = PyBytes_AsString(kept.ptr());
+  double normalizer;
+  std::memcpy(&normalizer, bytes, sizeof(double));
   auto call =
-      small_cross_entropy<CrossEntropyBackward>(logits, target, PyBytes_AsString(stats.ptr()), rows, classes);
+      small_cross_entropy<CrossEntropyBackward>(logits, target, bytes + sizeof(double), rows, classes);
   call.ignore_index = ignore_index;
   call.grad_loss = at<void>(grad_loss);
   call.normalizer = &normalizer;

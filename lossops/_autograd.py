@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 from torch.nn import _reduction
 
 from ._explain import note
@@ -16,8 +17,12 @@ NONE, MEAN, SUM = 0, 1, 2
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
+_autocasts = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_dead_wrapper = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+
+# torch.autograd.grad(is_grads_batched=True) batches without a functorch transform.
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
 
 
 def reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
@@ -43,15 +48,16 @@ def run(
     output, no `setup_context` (whose signature binding costs 30 us), and Dynamo traces it, as it
     does no Function with a `jvp` or `vmap` of its own. Without a gradient to record, the op itself.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return eager.apply(*args)
-    if is_transformed():
+    if _transforms_active() or forward_ad._current_level >= 0:
         return general(*args)
-    for tensor in tensors:
-        if tensor.requires_grad and torch.is_grad_enabled():
-            if any(map(_is_dead_wrapper, tensors)):  # as Function.apply does; rare
-                return eager.apply(*args)
-            return bare_apply(eager)(*args)
+    if is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                if any(map(_is_dead_wrapper, tensors)):  # as Function.apply does; rare
+                    return eager.apply(*args)
+                return bare_apply(eager)(*args)
     return op(*args)[0]
 
 
@@ -98,7 +104,7 @@ def accumulation(*tensors: Tensor | None) -> torch.dtype:
 
 def autocast_dtype(input: Tensor, target: Tensor) -> torch.dtype | None:
     """float32 where autocast, which lists both losses as float32 ops, is on for 16-bit input."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _autocasts():
         return None
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _rows
-from ._autograd import accumulation, differentiates_backward, is_transformed, ordered_sum
+from ._autograd import accumulation, differentiates_backward, is_batched, is_transformed, ordered_sum
 from ._explain import note
 from ._family import Family, row_losses, upstream, weighted_losses, without_unused
 from ._rows import row_functions, transform_reference
-from ._small import is_batched
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 

@@ -7,72 +7,95 @@ mode, a profiler, a tracer). Anything else is the ops' business.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from ._autograd import is_transformed
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+
+from ._autograd import bare_apply
 
 LIMIT = 1 << 17  # elements: beyond, what is saved no longer shows
 
 _TYPES = (Tensor, torch.nn.Parameter)
-_CPU = torch.device("cpu")
+_SCALAR = torch.empty_strided((), (), dtype=torch.float32, device="cpu")
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
-_is_dead_wrapper = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
-
-# torch.autograd.grad(is_grads_batched=True) batches without a functorch transform.
-is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
 
 
-def plain(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the address of a tensor says all about it. Saved tensors are asked again: hooks may have
-    put others in their place."""
-    return (
+def address(x: Tensor, dtype: torch.dtype) -> int:
+    """Of the elements, where that and their number say all about a tensor; 0 otherwise."""
+    if (
         type(x) in _TYPES
         and x.dtype is dtype
         and x.is_cpu
         and x.is_contiguous()
-        and not x.is_neg()
-        and not x._is_zerotensor()
-        and not _is_dead_wrapper(x)
-        and not is_batched(x)
-    )
+        and not x.is_neg()  # whose memory holds the opposite sign
+    ):
+        # 0 for a tensor without elements and one whose zeros have no memory; an error for what wraps a tensor
+        # in a transform, or did when one was at work, or batches it (is_grads_batched=True).
+        try:
+            return x.data_ptr()
+        except RuntimeError:
+            pass
+    return 0
 
 
-def unwatched() -> bool:
-    """Whether nothing is at work that has to see the ops."""
-    return not is_transformed() and _dispatch_modes() == 0
+# The questions are written out, not shared: here a call costs as much as what it asks.
 
 
-def is_small(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> bool:
-    """Whether a loss of these arguments may go round the dispatcher."""
-    return (
-        not torch.compiler.is_compiling()
-        and input.requires_grad
-        and torch.is_grad_enabled()
+def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple[int, int] | None:
+    """Of the arguments of a loss that may go round the dispatcher."""
+    if (
+        input.requires_grad
+        and is_grad_enabled()
+        and not is_compiling()
         and not target.requires_grad
-        and plain(input, torch.float32)
-        and plain(target, target_dtype)
-        and 0 < input.numel() <= LIMIT
-        and unwatched()
+        and input.numel() <= LIMIT
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+        and _dispatch_modes() == 0
         and _tracing() is None
         and not _profiling()
-    )
+    ):
+        x, y = address(input, torch.float32), address(target, target_dtype)
+        if x and y:
+            return x, y
+    return None
 
 
-def takes_small_gradient(grad_loss: Tensor, input: Tensor, target: Tensor, target_dtype: torch.dtype) -> bool:
-    """Whether the backward is as plain as the forward was, and is not itself to be differentiated."""
-    return (
-        not torch.is_grad_enabled()
+def gradient_addresses(
+    grad_loss: Tensor, input: Tensor, target: Tensor, target_dtype: torch.dtype
+) -> tuple[int, int, int] | None:
+    """The same in the backward, which is not itself to be differentiated.
+
+    Saved tensors are asked again: hooks may have put others in their place. Their shapes the caller compares:
+    whoever sets `x.data` changes them unnoticed.
+    """
+    if (
+        not is_grad_enabled()
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+        and _dispatch_modes() == 0
         and grad_loss.dim() == 0
-        and plain(grad_loss, torch.float32)
-        and plain(input, torch.float32)
-        and plain(target, target_dtype)
-        and unwatched()
-    )
+    ):
+        g = address(grad_loss, torch.float32)
+        x, y = address(input, torch.float32), address(target, target_dtype)
+        if g and x and y:
+            return g, x, y
+    return None
+
+
+def short_apply(function: type[Function]) -> Callable[..., Any]:
+    """`bare_apply`; and the engine calls the function's `backward` without torch's way of finding it."""
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return bare_apply(function)
 
 
 def empty_scalar() -> Tensor:
     """A 0-d float32 tensor on the CPU, whatever torch's defaults are set to."""
-    return torch.empty_strided((), (), dtype=torch.float32, device=_CPU)
+    return torch.empty_like(_SCALAR)

@@ -29,7 +29,6 @@ from ._autograd import (
     NONE,
     accumulation,
     autocast_dtype,
-    bare_apply,
     check_devices,
     differentiates_backward,
     divide,
@@ -61,7 +60,7 @@ from ._rows import (
     target_weights_reference,
     transform_reference,
 )
-from ._small import empty_scalar, is_small, takes_small_gradient
+from ._small import addresses, empty_scalar, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.cross_entropy_forward.default
 _backward = torch.ops.lossops.cross_entropy_backward.default
@@ -185,39 +184,35 @@ class SmallCrossEntropy(Function):
     """The mean for a small batch of class indices, with neither class weight nor smoothing."""
 
     @staticmethod
-    def forward(ctx, logits, target, ignore_index):
+    def forward(ctx, logits, target, ignore_index, logits_address, target_address):
         rows, classes = logits.shape
         loss = empty_scalar()
-        normalizer, stats = _C.small_cross_entropy_forward(
-            logits.data_ptr(), target.data_ptr(), loss.data_ptr(), rows, classes, ignore_index
+        kept = _C.small_cross_entropy_forward(
+            logits_address, target_address, loss.data_ptr(), rows, classes, ignore_index
         )
-        if normalizer < 0:
+        if kept is None:
             _forward(logits, target, None, MEAN, ignore_index, 0.0, None)  # raises the IndexError
         ctx.save_for_backward(logits, target)
-        ctx.rest = rows, classes, ignore_index, normalizer, stats
+        ctx.rest = rows, classes, ignore_index, kept
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         logits, target = ctx.saved_tensors
-        if takes_small_gradient(grad_loss, logits, target, torch.int64):
+        rows, classes, ignore_index, kept = ctx.rest
+        found = gradient_addresses(grad_loss, logits, target, torch.int64)
+        if found and logits.shape == (rows, classes) and target.shape == (rows,):
             grad = torch.empty_like(logits)
-            addresses = grad_loss.data_ptr(), logits.data_ptr(), target.data_ptr(), grad.data_ptr()
-            if _C.small_cross_entropy_backward(*addresses, *ctx.rest):
-                return grad, None, None
-        ignore_index = ctx.rest[2]
+            if _C.small_cross_entropy_backward(*found, grad.data_ptr(), rows, classes, ignore_index, kept):
+                return grad, None, None, None, None
         options = ignore_index, 0.0
         with torch.no_grad():
             _, stats, normalizer = _forward(logits, target, None, MEAN, *options, None)
-        needs = True, False
-        return (
-            _loss_backward(needs, options, grad_loss, logits, target, None, stats, normalizer)[0],
-            None,
-            None,
-        )
+        args = grad_loss, logits, target, None, stats, normalizer
+        return _loss_backward((True, False), options, *args)[0], None, None, None, None
 
 
-_apply_small = bare_apply(SmallCrossEntropy)
+_apply_small = short_apply(SmallCrossEntropy)
 
 
 def _for_transforms(
@@ -435,7 +430,10 @@ def cross_entropy(
         )
     code = reduction_code(reduction, size_average, reduce)
     try:
-        out_dtype = checked_dtype("cross_entropy", out_dtype) or autocast_dtype(input, target)
+        if out_dtype is None:
+            out_dtype = autocast_dtype(input, target)
+        else:
+            checked_dtype("cross_entropy", out_dtype)
         # Written out: a call that asks for none of this pays for nothing but the question.
         if not (
             softcap is None
@@ -443,7 +441,7 @@ def cross_entropy(
             and normalizer is None
             and not inplace_backward
             and empty == "nan"
-            and not isinstance(logit_scale, Tensor)
+            and (type(logit_scale) is float or not isinstance(logit_scale, Tensor))
             and logit_scale == 1
             and z_loss == 0
         ):
@@ -452,16 +450,18 @@ def cross_entropy(
             return _with_options(input, target, weight, *options)[0]
         if weight is not None and may_be_differentiated(weight):
             target, weight, label_smoothing = _weighted_target(input, target, weight, label_smoothing)
-        plain = weight is None and label_smoothing == 0 and out_dtype is None and code == MEAN
         if (
-            plain
+            weight is None
+            and label_smoothing == 0
+            and out_dtype is None
+            and code == MEAN
             and input.dim() == 2
             and target.dim() == 1
-            and len(input) == len(target)
-            and is_small(input, target, torch.int64)
+            and input.shape[0] == target.shape[0]
+            and (small := addresses(input, target, torch.int64))
         ):
             note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target, ignore_index)
+            return _apply_small(input, target, ignore_index, *small)
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
         return run(EagerCrossEntropy, _for_transforms, _forward, (input, target), args)
     except (AttributeError, TypeError, ValueError, RuntimeError):

@@ -24,7 +24,6 @@ from ._autograd import (
     Combine,
     accumulation,
     autocast_dtype,
-    bare_apply,
     check_devices,
     differentiates_backward,
     divide,
@@ -36,7 +35,7 @@ from ._autograd import (
     unsupported_dtype,
 )
 from ._explain import note
-from ._small import empty_scalar, is_small, takes_small_gradient
+from ._small import addresses, empty_scalar, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
@@ -147,26 +146,26 @@ class SmallMSE(Function):
     """The mean over a few elements, without weight or mask."""
 
     @staticmethod
-    def forward(ctx, input, target):
+    def forward(ctx, input, target, input_address, target_address):
         loss = empty_scalar()
-        _C.small_mse_forward(input.data_ptr(), target.data_ptr(), loss.data_ptr(), input.numel())
+        _C.small_mse_forward(input_address, target_address, loss.data_ptr(), input.numel())
         ctx.save_for_backward(input, target)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         input, target = ctx.saved_tensors
-        if takes_small_gradient(grad_loss, input, target, torch.float32):
+        found = gradient_addresses(grad_loss, input, target, torch.float32)
+        if found and input.shape == target.shape:
             grad = torch.empty_like(input)
-            _C.small_mse_backward(
-                grad_loss.data_ptr(), input.data_ptr(), target.data_ptr(), grad.data_ptr(), input.numel()
-            )
-            return grad, None
+            _C.small_mse_backward(*found, grad.data_ptr(), input.numel())
+            return grad, None, None, None
         divisor = torch.tensor(input.numel(), dtype=torch.float64, device=input.device)
-        return _loss_backward((True, False), grad_loss, input, target, None, None, divisor)[0], None
+        args = grad_loss, input, target, None, None, divisor
+        return _loss_backward((True, False), *args)[0], None, None, None
 
 
-_apply_small = bare_apply(SmallMSE)
+_apply_small = short_apply(SmallMSE)
 
 
 class MSE(Function):
@@ -468,9 +467,14 @@ def mse_loss(
             if may_be_differentiated(weight) or (code == MEAN and input.shape != shape):
                 return _composed_weighted_mse(input, target, weight, mask, code, out_dtype)
             weight = weight.expand(input.shape)
-        elif mask is None and code == MEAN and out_dtype is None and is_small(input, target, torch.float32):
+        elif (
+            mask is None
+            and code == MEAN
+            and out_dtype is None
+            and (small := addresses(input, target, torch.float32))
+        ):
             note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target)
+            return _apply_small(input, target, *small)
         if mask is not None:
             mask = mask.expand(input.shape)
         args = input, target, weight, mask, code, out_dtype

@@ -152,6 +152,26 @@ def test_a_changed_input_is_refused(loss, inputs, node) -> None:
         value.backward()
 
 
+@LOSSES
+@pytest.mark.parametrize("replaced", ["input", "target"])
+def test_tensors_that_shrink_behind_autograds_back(loss, inputs, node, replaced) -> None:
+    """Their addresses must not be read, nor a gradient of their size be written, at the old length."""
+    x, y = inputs(1000, 100)
+    value = loss(x, y)
+    tensor = x if replaced == "input" else y
+    tensor.data = tensor.detach()[:2].clone()
+    with pytest.raises((RuntimeError, ValueError), match="shape"):
+        value.backward()
+
+
+@LOSSES
+def test_what_a_transform_leaves_behind(loss, inputs, node) -> None:
+    x, y = inputs()
+    left: list[Tensor] = []
+    torch.func.functionalize(lambda z: left.append(z) or z.clone())(x)
+    assert node not in type(loss(left[0].requires_grad_(), y).grad_fn).__name__  # it has no address
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 17])
 def test_ignore_index_must_be_an_integer(limit, monkeypatch) -> None:
     monkeypatch.setattr(_small, "LIMIT", limit)
