@@ -44,6 +44,7 @@ class Case:
     ours: Loss | None = None  # where a case is not of the module's own function
     eager: Loss | None = None  # what is written in torch where its loss lacks an option; else the module's
     plain: bool = False  # whether peers take it: (N, C), class indices, no option
+    in_place: bool = False  # whether ours writes over the logits
 
     def bytes_moved(self, backward: bool) -> int:
         return self.forward_bytes + (self.backward_bytes if backward else 0)

@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,16 +122,24 @@ def compiled(eager: Loss) -> Loss:
 
 
 def measure(
-    meter: Cpu | Cuda, row: Row, losses: dict[str, Loss], shared: dict[str, Any], rounds: int
+    meter: Cpu | Cuda,
+    row: Row,
+    losses: dict[str, Loss],
+    shared: dict[str, Any],
+    rounds: int,
+    sharing: Sequence[str],
 ) -> None:
-    """Fills in the row's seconds and peaks, but for implementations that fail or compute something else."""
+    """Fills in the row's seconds and peaks, but for implementations that fail or compute something else.
+
+    `sharing`: who leaves the logits as they are; the others get copies.
+    """
     steps: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
     expected, expected_grad = None, None
     for name, loss in losses.items():
         # A leaf of its own, on the same memory: as in training, the gradient that a step gives back is
-        # the one that this implementation made in its last. Liger writes over the logits: a copy.
+        # the one that this implementation made in its last.
         leaf = shared["input"].detach()
-        if name not in (OURS, EAGER, COMPILE):
+        if name not in sharing:
             leaf = leaf.clone()
         arguments = {**shared, "input": leaf.requires_grad_(row.backward)}
         x, step = arguments["input"], make_step(loss, arguments, row.backward)
@@ -255,7 +263,9 @@ def main(argv: list[str] | None = None) -> None:
                     losses[COMPILE] = compiled(eager)
                 if arguments.device == "cuda" and case.plain:
                     losses |= module.PEERS
-                measure(meter, row, losses, shared, arguments.rounds)
+                # Of the peers, Liger writes over the logits.
+                sharing = (EAGER, COMPILE) if case.in_place else (OURS, EAGER, COMPILE)
+                measure(meter, row, losses, shared, arguments.rounds, sharing)
                 rows.append(row)
                 say(summary(row, copy_rate))
                 sys.stdout.flush()

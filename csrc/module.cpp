@@ -48,15 +48,14 @@ Problem small_cross_entropy(uintptr_t logits, uintptr_t target, char* stats, int
   return call;
 }
 
-// What the backward needs, the normalizer of the mean and the stats of all rows, or None where a class index is
-// out of range. It is Python bytes: a second tensor would cost more than the kernel.
+// What the backward needs, the normalizer of the mean and the stats of all rows, or None where a class index
+// is out of range. It is Python bytes: a second tensor would cost more than the kernel.
 pybind11::object small_cross_entropy_forward(uintptr_t logits, uintptr_t target, uintptr_t loss, int64_t rows,
                                              int64_t classes, int64_t ignore_index) {
-  auto kept = pybind11::reinterpret_steal<pybind11::bytes>(PyBytes_FromStringAndSize(
-      nullptr, static_cast<Py_ssize_t>(sizeof(double) + 2 * rows * sizeof(float))));
+  auto kept = pybind11::reinterpret_steal<pybind11::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(sizeof(double) + 2 * rows * sizeof(float))));
   char* const bytes = PyBytes_AsString(kept.ptr());
-  auto call =
-      small_cross_entropy<CrossEntropyForward>(logits, target, bytes + sizeof(double), rows, classes);
+  auto call = small_cross_entropy<CrossEntropyForward>(logits, target, bytes + sizeof(double), rows, classes);
   call.ignore_index = ignore_index;
   call.loss = at<void>(loss);
   double normalizer = 0;

@@ -317,6 +317,18 @@ def test_what_fails_is_left_out(bench, gpu, tmp_path, capsys, monkeypatch):
     assert [row["case"] for row in json.loads(data.read_text())["rows"]] == ["float32 32x10"] * 2
 
 
+def test_what_writes_over_the_logits_has_its_own(bench, make_row):
+    run, module, measure = bench("run"), bench("cross_entropy_rows"), bench("_measure")
+    case = next(c for c in module.CASES if c.in_place)
+    arguments = {"input": torch.randn(64, 300), "target": torch.randint(300, (64,))}
+    before = arguments["input"].clone()
+    losses = {run.EAGER: module.EAGER, run.OURS: case.ours, run.COMPILE: module.EAGER}
+    row = make_row(backward=True)
+    run.measure(measure.Cpu(), row, losses, arguments, 1, (run.EAGER, run.COMPILE))
+    assert set(row.seconds) == set(losses)
+    assert torch.equal(arguments["input"], before)
+
+
 def test_peak_sees_a_temporary(bench):
     measure = bench("_measure")
     x = torch.ones(2**22, requires_grad=True)  # 16 MiB
