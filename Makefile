@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
-EMULATOR := $(shell find tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+EMULATOR := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 BUILT := $(VENV)/.built
 export MAX_JOBS ?= 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from cuda_emulator.build import CACHE, build_library, missing
 from cuda_emulator.control import ASCENDING, ORDERS, Emulator
 
-from lossops import _small
+from lossops import _C, _small
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = "lossops_emulated"
@@ -39,7 +40,10 @@ def load(flavour: str = "plain") -> Path:
         library = build_library(
             CACHE / f"{OPS}_{flavour}.so",
             sorted(CSRC.glob("cuda/*.cu")),
-            [CSRC / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp", "trace.cpp")],
+            [
+                *(CSRC / name for name in ("cross_entropy.cpp", "mse.cpp", "library.cpp", "trace.cpp")),
+                Path(__file__).with_name("emulated_trace.cpp"),
+            ],
             flavour=flavour,
             include=include_paths(),
             define=[
@@ -54,9 +58,32 @@ def load(flavour: str = "plain") -> Path:
 
 
 @contextmanager
+def traced(library: Path) -> Iterator[None]:
+    """While it lasts, `explain` finds what the library records, too."""
+    emulated = ctypes.CDLL(str(library))
+    emulated.emulated_stop_trace.restype = ctypes.c_char_p
+    start, stop = _C.start_trace, _C.stop_trace
+
+    def start_both() -> None:
+        start()
+        emulated.emulated_start_trace()
+
+    def stop_both() -> list[tuple[str, str, str, int]]:
+        lines = emulated.emulated_stop_trace().decode().splitlines()
+        entries = (line.split("\t") for line in lines)
+        return stop() + [(what, how, device, int(amount)) for what, how, device, amount in entries]
+
+    _C.start_trace, _C.stop_trace = start_both, stop_both
+    try:
+        yield
+    finally:
+        _C.start_trace, _C.stop_trace = start, stop
+
+
+@contextmanager
 def emulation(flavour: str = "plain") -> Iterator[None]:
     """While it lasts, CPU tensors go to the CUDA kernels, small batches too."""
-    load(flavour)
+    library = load(flavour)
     limit, _small.LIMIT = _small.LIMIT, 0
     overrides = torch.library.Library("lossops", "IMPL")
     with warnings.catch_warnings():
@@ -68,7 +95,8 @@ def emulation(flavour: str = "plain") -> Iterator[None]:
                     emulated = getattr(getattr(torch.ops, OPS), op).default
                     overrides.impl(op, emulated, key, allow_override=True)
     try:
-        yield
+        with traced(library):
+            yield
     finally:
         overrides._destroy()
         _small.LIMIT = limit

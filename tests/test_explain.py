@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import CPU, cpu_only, gpu_only, not_emulated
+from devices import CPU, cpu_only, cuda_kernels
 from torch import Tensor
 
 import lossops
 from lossops import Explanation, explain
 
-# The emulated kernels are a library of their own, with a record of its own.
 pytestmark = pytest.mark.usefixtures("device")
 
 
@@ -25,7 +24,6 @@ def ops(explanation: Explanation) -> list[str]:
     return [kernel.op for kernel in explanation.kernels]
 
 
-@not_emulated
 def test_kernels_forward_and_backward(device: str) -> None:
     found = explain(lossops.cross_entropy, *arguments())
     assert ops(found) == ["cross_entropy_forward", "cross_entropy_backward"]
@@ -36,7 +34,6 @@ def test_kernels_forward_and_backward(device: str) -> None:
     assert ops(explain(lossops.mse_loss, x.requires_grad_(), y)) == ["mse_forward", "mse_backward"]
 
 
-@not_emulated
 def test_no_backward_without_a_gradient() -> None:
     logits, target = arguments()
     assert ops(explain(lossops.cross_entropy, logits.detach(), target)) == ["cross_entropy_forward"]
@@ -59,7 +56,7 @@ def test_ways_through_the_logits(shape: tuple[int, ...], forward: str, backward:
     assert [kernel.way for kernel in found.kernels] == [forward, backward]
 
 
-@gpu_only
+@cuda_kernels
 def test_ways_on_a_gpu() -> None:
     ways = {
         (64, 3000): "a block to each row",
@@ -95,7 +92,6 @@ def test_the_instruction_set_is_the_one_in_use() -> None:
         lossops._C.set_cpu_isa(before)
 
 
-@not_emulated
 def test_options_run_the_row_functions() -> None:
     found = explain(lossops.cross_entropy, *arguments(), softcap=3.0, z_loss=0.1)
     assert ops(found) == ["cross_entropy_rows_forward", "cross_entropy_rows_backward"]
@@ -103,7 +99,6 @@ def test_options_run_the_row_functions() -> None:
     assert ops(metrics) == ops(found)
 
 
-@not_emulated
 def test_copies() -> None:
     weight = torch.rand(3000, dtype=torch.float16)
     found = explain(lossops.cross_entropy, *arguments(), weight=weight)
@@ -123,7 +118,6 @@ def test_copies() -> None:
         ("to torch: cross_entropy", "routed"),
     ],
 )
-@not_emulated
 def test_notes_where_a_call_leaves_the_shortest_way(text: str, call: str) -> None:
     logits, target = arguments((6, 9))
     probabilities = torch.rand(6, 9)
@@ -168,7 +162,6 @@ def test_a_small_batch_says_so() -> None:
     )
 
 
-@not_emulated
 def test_nothing_of_the_callers_changes() -> None:
     logits, target = arguments()
     produced = logits * 2
@@ -182,7 +175,6 @@ def test_nothing_of_the_callers_changes() -> None:
     assert torch.equal(logits.grad, torch.full_like(logits, 2))
 
 
-@not_emulated
 def test_a_model_and_torchs_own_loss() -> None:
     layer, (_, target) = torch.nn.Linear(20, 3000), arguments()
     found = explain(lambda x: lossops.cross_entropy(layer(x), target), torch.randn(64, 20))
@@ -195,7 +187,6 @@ def test_a_model_and_torchs_own_loss() -> None:
         )
 
 
-@not_emulated
 def test_an_error_ends_the_recording() -> None:
     logits, target = arguments()
     with pytest.raises(RuntimeError, match="expected target of shape"):
