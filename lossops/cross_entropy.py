@@ -240,6 +240,7 @@ def _may_write_over(input: Tensor, *others: Tensor | float | None) -> bool:
     tensors saved through hooks, as torch.utils.checkpoint does), they stay as they are.
     """
     if torch.compiler.is_compiling():
+        note("inplace_backward: compiled code; the gradient has memory of its own")
         return False
     if is_transformed():
         return True  # refused by the row functions
@@ -386,9 +387,11 @@ def cross_entropy(
         out_dtype: dtype of the result, such as float32 from 16-bit logits; by default torch's.
         inplace_backward: write the gradient over the logits. They must be neither a leaf nor a view of one,
             and what autograd still needs of them is an error of its version counter; a second backward and
-            second derivatives are errors too. Under torch.compile and saved-tensor hooks (checkpointing),
-            where that counter is not asked, the gradient gets memory of its own as without the option.
-            Without it nothing is ever written to an argument.
+            second derivatives are errors too. The gradient gets memory of its own, as without the option,
+            where nothing asks that counter, which is under torch.compile (and compiled autograd) and while
+            saved-tensor hooks are active (``torch.utils.checkpoint`` with ``use_reentrant=False``,
+            ``save_on_cpu``), and for logits that are a negated view; :func:`lossops.explain` notes it.
+            Without the option nothing is ever written to an argument.
 
     Returns:
         The loss in the input's dtype (promoted with a probability target's; float32 under

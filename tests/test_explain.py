@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -173,6 +174,49 @@ def test_nothing_of_the_callers_changes() -> None:
     assert torch.equal(produced, before)
     produced.sum().backward()
     assert torch.equal(logits.grad, torch.full_like(logits, 2))
+
+
+OWN_MEMORY = "the gradient has memory of its own"
+
+
+@pytest.mark.parametrize("way", ["in place", "hooks", "checkpoint", "negated view"])
+def test_whether_the_gradient_takes_the_logits_memory(way: str) -> None:
+    logits, target = arguments((6, 9))
+    gradients: list[Tensor] = []
+
+    def loss(z: Tensor) -> Tensor:
+        return lossops.cross_entropy(z, target, inplace_backward=True)
+
+    def produced(x: Tensor) -> Tensor:
+        z = torch._neg_view(x * 1) if way == "negated view" else x * 1
+        z.register_hook(lambda gradient: gradients.extend([z.detach(), gradient]))
+        if way == "checkpoint":
+            return torch.utils.checkpoint.checkpoint(loss, z, use_reentrant=False)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+            if way == "hooks"
+            else nullcontext()
+        ):
+            return loss(z)
+
+    found = explain(produced, logits)
+    shares = way == "in place"
+    assert any(OWN_MEMORY in note for note in found.notes) != shares
+    z, gradient = gradients
+    assert (gradient.data_ptr() == z.data_ptr()) == shares
+
+
+@cpu_only
+def test_a_compiled_gradient_has_memory_of_its_own() -> None:
+    torch._dynamo.reset()
+    logits, target = arguments((6, 9))
+    compiled = torch.compile(
+        lambda z: lossops.cross_entropy(z * 1, target, inplace_backward=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    found = explain(compiled, logits)
+    assert any(OWN_MEMORY in note for note in found.notes)
 
 
 def test_a_model_and_torchs_own_loss() -> None:
