@@ -55,6 +55,8 @@ def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple
         and is_grad_enabled()
         and not is_compiling()
         and not target.requires_grad
+        and (x := address(input, torch.float32))
+        and (y := address(target, target_dtype))
         and input.numel() <= LIMIT
         and not _transforms_active()
         and forward_ad._current_level < 0
@@ -62,9 +64,7 @@ def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple
         and _tracing() is None
         and not _profiling()
     ):
-        x, y = address(input, torch.float32), address(target, target_dtype)
-        if x and y:
-            return x, y
+        return x, y
     return None
 
 
@@ -82,11 +82,11 @@ def gradient_addresses(
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0
         and grad_loss.dim() == 0
+        and (g := address(grad_loss, torch.float32))
+        and (x := address(input, torch.float32))
+        and (y := address(target, target_dtype))
     ):
-        g = address(grad_loss, torch.float32)
-        x, y = address(input, torch.float32), address(target, target_dtype)
-        if g and x and y:
-            return g, x, y
+        return g, x, y
     return None
 
 
