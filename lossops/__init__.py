@@ -8,9 +8,15 @@ from . import functional
 from ._C import __version__
 from ._cpu import empty_cache
 from ._cuda import check_async_errors, cuda_build_info
+from ._distributed import global_normalizer
 from ._explain import Explanation, explain
 from .cross_entropy import CrossEntropyLoss, CrossEntropyMetrics
-from .functional import cross_entropy, linear_cross_entropy, mse_loss
+from .functional import (
+    cross_entropy,
+    linear_cross_entropy,
+    mse_loss,
+    vocab_parallel_cross_entropy,
+)
 from .linear_cross_entropy import LinearCrossEntropyLoss, LinearCrossEntropyMetrics
 from .mse import MSELoss
 from .overrides import FusedLosses, disable, enable, fused_losses
@@ -33,6 +39,8 @@ __all__ = [
     "explain",
     "functional",
     "fused_losses",
+    "global_normalizer",
     "linear_cross_entropy",
     "mse_loss",
+    "vocab_parallel_cross_entropy",
 ]

@@ -7,6 +7,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_with_metrics,
 )
 from .mse import mse_loss
+from .vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_cross_entropy_with_metrics
 
 __all__ = [
     "CrossEntropyMetrics",
@@ -17,4 +18,6 @@ __all__ = [
     "linear_cross_entropy_with_metrics",
     "log_prob",
     "mse_loss",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_cross_entropy_with_metrics",
 ]

@@ -1,0 +1,570 @@
+"""Softmax cross-entropy of logits whose classes are spread over the ranks of a process group.
+
+Each rank computes the planes of its own classes with the kernels of the unsharded loss (``_rows.py``), the
+ranks exchange them in one all-gather, and O(N) arithmetic makes the planes of all classes of them. With
+rank r's planes relative to its own largest logit ``m_r``, and ``m = max_r m_r``::
+
+    log_sum = log sum_r exp(log_sum_r + m_r - m)         S   = sum_r S_r
+    u_y - m = that of the owner of y, + m_r - m          dot = sum_r dot_r + S_r*(m_r - m)
+    P_r     = exp(log_sum_r + m_r - m - log_sum)         H   = sum_r P_r*(H_r - log P_r)
+
+Every rank then has the loss and the gradients of these planes, and from them the gradients of its own planes
+without asking anyone: the convention of Megatron-LM (https://arxiv.org/abs/1909.08053) and of torch's
+``loss_parallel``, by which all ranks call backward with the same upstream gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _rows
+from ._autograd import (
+    accumulation,
+    autocast_dtype,
+    check_devices,
+    differentiates_backward,
+    explain_bad_input,
+    is_transformed,
+    may_be_differentiated,
+    reduction_code,
+)
+from ._distributed import Replicated, Shard, agree, all_gather, announce_failure, group_name
+from ._explain import note
+from ._family import (
+    CrossEntropyMetrics,
+    Family,
+    checked_dtype,
+    explain_bad_option,
+    logprobs,
+    loss_dtype,
+    metrics_of,
+    reduced,
+)
+from ._rows import DOT, ENTROPY, LOG_SUM, MAX, PICKED, TARGET_SUM, TARGET_WEIGHT, class_dim, per_class
+from .cross_entropy import _may_write_over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# The class index that the op ignores on a shard: no target has it.
+_IGNORED = -(2**63)
+
+
+# --------------------------------------------------------------------------------------------------
+# From the planes of the shards to those of all classes
+
+
+def _base(largest: Tensor) -> Tensor:
+    """What a row's planes are relative to."""
+    return largest.masked_fill(largest == -torch.inf, 0)
+
+
+def combine(shards: Tensor) -> Tensor:
+    """The planes of all classes, from those of each shard: ``(ranks, planes, ...)`` to ``(planes, ...)``.
+
+    The first four planes, or six, or all; where a row's class lies elsewhere, PICKED is -inf.
+    """
+    each = shards.unbind(1)
+    largest = each[MAX].amax(0)
+    shift = _base(each[MAX]) - _base(largest)
+    exponent = each[LOG_SUM] + shift
+    log_sum = exponent.exp().sum(0).log()
+    moved = (each[TARGET_SUM] * shift).masked_fill(each[TARGET_SUM] == 0, 0)
+    planes = [largest, log_sum, each[TARGET_SUM].sum(0), (each[DOT] + moved).sum(0)]
+    if len(each) > PICKED:
+        planes += [(each[PICKED] + shift).amax(0), each[TARGET_WEIGHT].sum(0)]
+    if len(each) > ENTROPY:
+        log_p = exponent - log_sum
+        p = log_p.exp()
+        planes.append((p * (each[ENTROPY] - log_p)).masked_fill(p == 0, 0).sum(0))
+    return torch.stack(planes)
+
+
+def local_gradients(grad: Tensor, planes: Tensor, local: Tensor) -> Tensor:
+    """The gradients of a shard's planes, from those of `planes`, which it is part of."""
+    # A row without a gradient gets none, whatever its logits are.
+    unused = (grad == 0).all(0) & ~planes[LOG_SUM].isfinite()
+    shift = (_base(local[MAX]) - _base(planes[MAX])).masked_fill(unused, 0)
+    log_p = (local[LOG_SUM] + shift - planes[LOG_SUM]).masked_fill(unused, -torch.inf)
+    p = log_p.exp()
+    grads = list(grad.unbind(0))
+    grads[MAX] = torch.zeros_like(p)
+    grads[TARGET_SUM] = grads[TARGET_SUM] + grads[DOT] * shift
+    grads[LOG_SUM] = grads[LOG_SUM] * p
+    if len(grads) > ENTROPY:
+        absent = p == 0
+        distance = (local[ENTROPY] - log_p - planes[ENTROPY]).masked_fill(absent, 0)
+        grads[LOG_SUM] = grads[LOG_SUM] + grads[ENTROPY] * p * distance
+        grads[ENTROPY] = grads[ENTROPY] * p
+    return torch.stack(grads)
+
+
+class Exchange(Function):
+    """(planes of all classes, best classes) of this rank's planes and candidates.
+
+    `candidates`: of each kind a value, and a class index in two numbers. `numbers`: what `_NUMBERS` names.
+    """
+
+    @staticmethod
+    def forward(ctx, local, candidates, shard, numbers):
+        ctx.group = shard.group
+        header = torch.cat([local.new_full((1,), number) for number in (shard.digest, *numbers)])
+        parts = header, local.flatten(), candidates.flatten()
+        gathered = all_gather(torch.cat(parts), shard.group, shard.size)
+        headers, planes, candidates_of_all = gathered.split([part.numel() for part in parts], 1)
+        planes = combine(planes.reshape(shard.size, *local.shape))
+        alike = (headers == header).all()
+        if torch.compiler.is_compiling() or local.device.type != "cpu":
+            planes = planes.where(alike, torch.nan)  # asking would break the graph, or wait for the device
+        elif not alike:
+            raise _disagreement(headers)
+        best = best_classes(candidates_of_all.reshape(shard.size, *candidates.shape))
+        ctx.mark_non_differentiable(best)
+        ctx.save_for_backward(local, planes)
+        return planes, best
+
+    @staticmethod
+    def backward(ctx, grad, _best):
+        local, planes = ctx.saved_tensors
+        if differentiates_backward():
+            # What comes back along them is this rank's part, and there is one collective for both.
+            grad, planes = Replicated.apply(torch.stack([grad, planes]), ctx.group)
+        return local_gradients(grad, planes, local), None, None, None
+
+
+_NUMBERS = ("configuration", "rows", "ignore_index", "label_smoothing", "logit_scale", "softcap", "z_loss")
+
+
+def _disagreement(headers: Tensor) -> RuntimeError:
+    differing = [k for k in range(len(_NUMBERS)) if not (headers[:, k] == headers[0, k]).all()]
+    got = ", ".join(f"{_NUMBERS[k]} {headers[:, k].tolist()}" for k in differing)
+    return RuntimeError(f"vocab_parallel: expected the same call on every rank of the group, got {got}")
+
+
+_RADIX = 2**20  # class indices travel in two digits: float32 has no integers of their own beyond 2^24
+
+
+def candidate(shard: Shard, value: Tensor, index: Tensor) -> Tensor:
+    """The shard's best class and its value, as `best_classes` compares them."""
+    if shard.classes:
+        index = index.clamp(min=0) + shard.start
+    else:
+        value, index = torch.full_like(value, -torch.inf), torch.full_like(index, shard.total)
+    return torch.stack([value, (index // _RADIX).to(value.dtype), (index % _RADIX).to(value.dtype)])
+
+
+def best_classes(candidates: Tensor) -> Tensor:
+    """The class of the largest value, the lowest where several have it; NaN is the largest, as in argmax."""
+    values, high, low = candidates.unbind(2)
+    index = high.long() * _RADIX + low.long()
+    best = (values == values.amax(0)) | values.isnan()
+    return index.masked_fill(~best, torch.iinfo(torch.int64).max).amin(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the op is given on one rank, and what its planes mean to all
+
+
+class LocalTarget(NamedTuple):
+    """A target as the op takes it on a shard.
+
+    For class indices, rows whose class lies elsewhere are given a class of the shard's, and with label
+    smoothing the op is asked for the uniform part alone: either is put right in the planes. For
+    probabilities it is the op's smoothing that differs, which spreads what the shard's classes are due.
+    """
+
+    target: Tensor
+    ignore_index: int
+    label_smoothing: float
+    owned: Tensor | None = None
+    """Rows whose class is one of the shard's; None for probabilities."""
+    counted: Tensor | None = None
+    """Rows that are not ignored."""
+    scale: float = 1.0
+    """Of TARGET_SUM and DOT, for probabilities."""
+
+
+def local_target(shard: Shard, target: Tensor, ignore_index: int, label_smoothing: float) -> LocalTarget:
+    spread = label_smoothing * shard.classes / max(shard.total, 1)
+    if target.is_floating_point():
+        scale = (1 - label_smoothing) + spread or 1.0
+        return LocalTarget(target, ignore_index, spread / scale, scale=scale)
+    target = target.long()
+    counted = target != ignore_index
+    index = target - shard.start
+    owned = (index >= 0) & (index < shard.classes) & counted
+    elsewhere = 0 if shard.classes else _IGNORED
+    # What is out of range here and everywhere stays so, for the op to find.
+    known = (target >= 0) & (target < shard.total)
+    index = index.where(owned, target.masked_fill(known, elsewhere)).masked_fill(~counted, _IGNORED)
+    return LocalTarget(index, _IGNORED, 1.0 if label_smoothing else 0.0, owned, counted)
+
+
+def local_planes(
+    shard: Shard, rows: Tensor, local: LocalTarget, label_smoothing: float, count: int
+) -> Tensor:
+    """The op's planes with the meaning that `combine` gives them, the first `count`."""
+    largest, log_sum, target_sum, dot, picked, target_weight, *entropy = rows.unbind(0)
+    if not shard.classes:
+        largest = log_sum = torch.full_like(largest, -torch.inf)
+    if local.owned is None:
+        target_sum, dot = target_sum * local.scale, dot * local.scale
+    else:
+        target_weight = target_weight.masked_fill(~local.owned, 0)
+        if label_smoothing:
+            spread = label_smoothing * shard.classes / max(shard.total, 1)
+            hard = (1 - label_smoothing) * target_weight
+            target_sum = spread * target_sum + hard
+            dot = spread * dot + (hard * picked).masked_fill(hard == 0, 0)
+        else:
+            target_sum, dot = target_weight, dot.masked_fill(~local.owned, 0)
+        picked = picked.masked_fill(~local.owned, -torch.inf)
+    return torch.stack([largest, log_sum, target_sum, dot, picked, target_weight, *entropy][:count])
+
+
+def global_planes(
+    shard: Shard,
+    rows: Tensor,
+    local: LocalTarget,
+    label_smoothing: float,
+    numbers: tuple[float, ...],
+    weighted: bool = False,
+    candidates: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(planes, best classes) of all classes, from this rank's planes as the op gives them.
+
+    `numbers` are the caller's, for `_NUMBERS` after the rows. Without class weights, candidates or entropy
+    four planes are sent, and PICKED is left at 0.
+    """
+    whole = rows.shape[0] > ENTROPY or candidates is not None
+    count = rows.shape[0] if whole else PICKED
+    if weighted and local.owned is not None:
+        count = max(count, ENTROPY)
+    mine = local_planes(shard, rows, local, label_smoothing, count)
+    if candidates is None:
+        candidates = rows.new_empty((0, 3, *rows.shape[1:]))
+    numbers = rows[0].numel(), *numbers
+    planes, best = Exchange.apply(mine, candidates.detach(), shard, numbers)
+    nothing = torch.zeros_like(planes[0])
+    if local.counted is None:
+        first = [*planes[:PICKED].unbind(0), nothing, nothing + (shard.total > 0)]
+        return torch.stack([*first, *planes[ENTROPY:].unbind(0)]), best
+    if count == PICKED:
+        planes = torch.cat([planes, torch.stack([nothing, nothing + 1])])
+    return planes.masked_fill(~local.counted, 0), best
+
+
+def sharded_rows(
+    shard: Shard,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale_tensor: Tensor | None,
+    options: tuple[float, float, int, float],
+    z_loss: float,
+    metrics: bool = False,
+    probabilities: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`lossops._rows.row_functions`, of the classes of all ranks; one collective.
+
+    With `metrics` the second result holds the classes of the largest logits, and those of the largest
+    `probabilities` where they are given.
+    """
+    scale, softcap, ignore_index, label_smoothing = options
+    local = local_target(shard, target, ignore_index, label_smoothing)
+    rows, predicted = _rows.row_functions(
+        logits,
+        local.target,
+        weight,
+        scale_tensor,
+        (scale, softcap, local.ignore_index, local.label_smoothing),
+        entropy=metrics,
+        predicted=metrics,
+        inplace_backward=inplace_backward,
+    )
+    candidates = None
+    if metrics:
+        found = [candidate(shard, rows[MAX], predicted)]
+        if probabilities is not None:
+            found.append(_most_probable(shard, probabilities, rows[MAX]))
+        candidates = torch.stack(found)
+    numbers = ignore_index, label_smoothing, scale, softcap, z_loss
+    return global_planes(shard, rows, local, label_smoothing, numbers, weight is not None, candidates)
+
+
+def _most_probable(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:
+    if not shard.classes:
+        return candidate(shard, like, like)
+    value, index = probabilities.detach().max(class_dim(probabilities))
+    return candidate(shard, value.to(like.dtype), index)
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions
+
+
+class Arguments(NamedTuple):
+    """Those of a loss but for logits and target."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    out_dtype: torch.dtype | None
+    inplace_backward: bool
+    family: Family
+
+
+Description = tuple[tuple[str, str], ...]
+
+
+def _described(op: str, logits: Tensor, target: Tensor, given: Arguments, metrics: bool) -> Description:
+    """What all ranks must have alike; raises what is wrong with this one's arguments."""
+    if is_transformed():
+        raise RuntimeError(
+            f"{op}: does not work under torch.func and forward-mode AD, which no collective knows"
+        )
+    rows, index_target = _rows.row_shape(op, logits, target, None)
+    weight, family = given.weight, given.family
+    family.check(op, logits, rows)
+    reduction_code(given.reduction, None, None)
+    if weight is not None:
+        check_devices(op, logits, weight=weight)
+        if weight.dim() != 1 or not weight.is_floating_point():
+            raise RuntimeError(
+                f"{op}: expected weight of one dimension and a floating dtype, got shape "
+                f"{tuple(weight.shape)} of {weight.dtype}"
+            )
+        if index_target and weight.requires_grad:
+            raise RuntimeError(_rows.NO_WEIGHT_DERIVATIVE)
+    if not 0 <= given.label_smoothing <= 1:
+        raise RuntimeError(f"{op}: label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
+    optional = {
+        "weight": weight,
+        "softcap": family.softcap,
+        "row_weight": family.row_weight,
+        "normalizer": family.normalizer,
+    }
+    description = {
+        # Traced sizes may be symbols; the number of rows is in each message beside.
+        "rows": "traced" if torch.compiler.is_compiling() else str(tuple(rows)),
+        "target": "of class indices" if index_target else "of probabilities",
+        "accumulation": str(accumulation(logits, target, weight)),
+        "loss": str(loss_dtype(logits, target, weight, given.out_dtype)),
+        "reduction": given.reduction,
+        "empty": family.empty,
+        "logit_scale": "a tensor" if isinstance(family.logit_scale, Tensor) else "a number",
+        "metrics": str(metrics),
+        **{name: "absent" if option is None else "given" for name, option in optional.items()},
+    }
+    return tuple(description.items())
+
+
+def _checked(
+    op: str, logits: Tensor, target: Tensor, given: Arguments, metrics: bool
+) -> tuple[Tensor, Arguments, Description]:
+    """Target and arguments as they are used, and their description."""
+    try:
+        if logits.dim() == target.dim() == 1 and not target.is_floating_point():
+            target = target.reshape(())  # where one class is here it has the shape of probabilities
+        out_dtype = checked_dtype(op, given.out_dtype) or autocast_dtype(logits, target)
+        given = given._replace(out_dtype=out_dtype)
+        return target, given, _described(op, logits, target, given, metrics)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        explain_bad_option(op, given.ignore_index, given.label_smoothing)
+        explain_bad_input(op, input=logits, target=target, weight=given.weight)
+        raise
+
+
+def sharded_loss(
+    op: str,
+    logits: Tensor,
+    target: Tensor,
+    given: Arguments,
+    group: ProcessGroup | None,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    metrics: bool = False,
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    name = group_name(op, group)
+    try:
+        target, given, description = _checked(op, logits, target, given, metrics)
+    except Exception as error:
+        if not torch.compiler.is_compiling():
+            announce_failure(name, error)
+        raise
+    weights = None if given.weight is None else given.weight.shape[0]
+    description = *description, ("vocab_size", str(vocab_size))
+    shard = agree(op, name, description, logits.shape[class_dim(logits)], vocab_start, weights)
+    try:
+        return _loss_of_shard(shard, logits, target, given, metrics)
+    except IndexError:
+        raise _out_of_range(op, target, given.ignore_index, shard.total) from None
+
+
+def _loss_of_shard(
+    shard: Shard, logits: Tensor, target: Tensor, given: Arguments, metrics: bool
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family = given
+    index_target = not target.is_floating_point()
+    in_place = inplace_backward and _may_write_over(logits, target, weight, family.logit_scale)
+    dtype = loss_dtype(logits, target, weight, out_dtype)
+    plain_target = index_target or (weight is None and label_smoothing == 0)
+    probabilities = None if index_target else target
+    if weight is not None:
+        differentiated = may_be_differentiated(weight)
+        if shard.whole_weight:
+            whole = Replicated.apply(weight, shard.group) if differentiated else weight
+            weight = whole[shard.start : shard.start + shard.classes]
+        if differentiated and not index_target:
+            note("the class weight may need a derivative: a weighted copy of the target is made")
+            uniform = label_smoothing / max(shard.total, 1)
+            target = per_class(weight, logits) * ((1 - label_smoothing) * target + uniform)
+            weight, label_smoothing = None, 0.0
+    scale_tensor, scale = family.scale(accumulation(logits, target, weight), logits.device)
+    if scale_tensor is not None:
+        scale_tensor = Replicated.apply(scale_tensor, shard.group)
+    options = scale, float(family.softcap or 0.0), ignore_index, label_smoothing
+    planes, best = sharded_rows(
+        shard,
+        logits,
+        target,
+        weight,
+        scale_tensor,
+        options,
+        family.z_loss,
+        metrics,
+        probabilities,
+        in_place,
+    )
+    loss = reduced(planes, reduction_code(reduction, None, None), dtype, family)
+    if not metrics:
+        return loss, None
+    logprob = logprobs(planes, index_target)
+    if probabilities is not None and not plain_target:
+        note("logprob of probabilities with class weight or smoothing takes a second pass and collective")
+        plain = *options[:3], 0.0
+        args = shard, logits, probabilities, None, scale_tensor, plain, family.z_loss
+        logprob = logprobs(sharded_rows(*args)[0], False)
+    predicted = best[0] if shard.total else torch.full_like(best[0], -1)
+    if probabilities is not None:
+        return loss, metrics_of(planes, logprob, family.z_loss, predicted, best[1])
+    ignored = target == ignore_index
+    return loss, metrics_of(planes, logprob, family.z_loss, predicted.masked_fill(ignored, -1), target)
+
+
+def _out_of_range(op: str, target: Tensor, ignore_index: int, classes: int) -> IndexError:
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    row = bad.nonzero()[0].tolist()
+    place = row[0] if len(row) == 1 else tuple(row)
+    return IndexError(
+        f"{op}: Target {target[bad][0].item()} is out of bounds: row {place} of the target needs a class "
+        f"index from 0 to C-1 for C = {classes}, the classes of all ranks, or ignore_index ({ignore_index})"
+    )
+
+
+def vocab_parallel_cross_entropy(
+    local_logits: Tensor,
+    target: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    empty: str = "nan",
+    out_dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """:func:`lossops.cross_entropy` of logits whose classes are spread over the ranks of a group.
+
+    Each rank holds the logits of some classes that follow each other, for the same rows. All ranks get the
+    loss of all classes, and each the gradient of its own logits. One all-gather forward and no communication
+    backward; every rank has to call backward, with the same upstream gradient. For the second derivative
+    too, each rank differentiates its own gradients: one all-reduce. The numbers and methods are those of
+    ``cross_entropy``; the convention is that of `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
+
+    >>> logits = hidden @ my_rows_of_the_head.T  # (N, C / ranks)
+    >>> lossops.vocab_parallel_cross_entropy(logits, target, group=tensor_parallel).backward()
+
+    Args:
+        local_logits: this rank's classes, ``(C_r)``, ``(N, C_r)`` or ``(N, C_r, d1, ..., dk)``. Ranks may
+            have different numbers of classes, some of them none.
+        target: class indices among the classes of all ranks, the same on every rank; or this rank's part of
+            class probabilities, of the shape of ``local_logits``.
+        group: the ranks that hold the classes; by default all.
+        vocab_start: the index of this rank's first class. By default the ranks follow each other in the
+            group's order.
+        vocab_size: the number of classes of all ranks. To be given, on every rank, where losses of several
+            vocabularies go over one group and a rank has as many classes of one as of another: it could not
+            tell that the other ranks have to talk about the second.
+        weight: class weights of this rank's classes, or of all classes on every rank. Where the latter need
+            a gradient (with probabilities), it is summed over the ranks: an all-reduce in the backward pass.
+        logit_scale: as in ``cross_entropy``; of a tensor, the same on every rank, the gradient is summed over
+            the ranks: an all-reduce of one number in the backward pass.
+        ignore_index, reduction, label_smoothing, softcap, z_loss, row_weight, normalizer, empty, out_dtype,
+            inplace_backward: as in ``cross_entropy``, the same on every rank. Smoothing is over all classes.
+
+    Returns:
+        The loss of all classes, the same on every rank, as ``cross_entropy`` returns it.
+
+    Raises:
+        IndexError: a class index outside [0, C) for the classes of all ranks; on every rank. On a GPU, and
+            under ``torch.compile``, the message names this rank's number of classes.
+        RuntimeError, ValueError: ranks that call this with other shapes, dtypes or options, or whose shards
+            do not follow each other, on all of them; torch.distributed that is not initialized; torch.func.
+            The first call of each configuration compares them through the process group's store, every call
+            by a few numbers in its message: where those differ on a GPU or under ``torch.compile``, which
+            cannot raise, the loss is NaN.
+        Others: as ``cross_entropy``, on the rank that is concerned, and a RuntimeError on those that ask.
+    """
+    family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
+    given = Arguments(weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family)
+    op = "vocab_parallel_cross_entropy"
+    return sharded_loss(op, local_logits, target, given, group, vocab_start, vocab_size)[0]
+
+
+def vocab_parallel_cross_entropy_with_metrics(
+    local_logits: Tensor,
+    target: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    empty: str = "nan",
+    out_dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, CrossEntropyMetrics]:
+    """The loss of :func:`vocab_parallel_cross_entropy`, and what the same pass says of every row.
+
+    Arguments and errors are those of that function; :class:`CrossEntropyMetrics` names the results, of the
+    classes of all ranks and the same on each. With probabilities *and* a class weight or smoothing,
+    ``logprob`` costs a second pass and a second collective.
+    """
+    family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
+    given = Arguments(weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family)
+    op = "vocab_parallel_cross_entropy"
+    loss, metrics = sharded_loss(op, local_logits, target, given, group, vocab_start, vocab_size, True)
+    assert metrics is not None
+    return loss, metrics
