@@ -217,7 +217,7 @@ def _shard(op: str, group: str, mine: int, call: tuple[tuple[str, str], ...], ra
             f"{op}: expected weight tensors for each rank's classes, {classes}, or for all {total} on every "
             f"rank, got {weights}"
         )
-    digest = zlib.crc32(repr((op, call)).encode()) % 2**24
+    digest = zlib.crc32(repr((op, call, ranks)).encode()) % 2**24
     return Shard(group, len(ranks), starts[mine] or 0, classes[mine], total, whole, digest)
 
 
@@ -246,7 +246,7 @@ def global_normalizer(
 
     Of two ranks with 30 and 10 counted targets it is 20: rank 0 has loss ``total_0 / 20``, rank 1
     ``total_1 / 20``, and their average is ``(total_0 + total_1) / 40``. Ranks may differ in their number of
-    targets and of micro-batches; a rank with none still takes part, with an empty tensor.
+    targets and (under DDP) of micro-batches; a rank with none still takes part, with an empty tensor.
 
     Args:
         target: class indices of any shape, or class probabilities ``(N, C, ...)`` (every row counts one):
@@ -261,7 +261,7 @@ def global_normalizer(
         there ``empty="zero"`` helps.
     """
     op = "global_normalizer"
-    targets = [target] if isinstance(target, Tensor) else list(target)
+    targets = list(target) if isinstance(target, Sequence) else [target]
     if not targets or not all(isinstance(t, Tensor) for t in targets):
         raise TypeError(f"{op}: expected target to be a Tensor or a sequence of at least one, got {target!r}")
     total = torch.stack([target_weight_sum(t, ignore_index, weight) for t in targets]).sum()

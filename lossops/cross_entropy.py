@@ -330,6 +330,28 @@ def _with_options(
 
 
 # --------------------------------------------------------------------------------------------------
+# DTensors. What tells one must cost a plain tensor nothing, and their module, which imports this one, is slow
+# to import.
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_dtensor(input: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(input, DTensor)
+
+
+def _loss_of_dtensor(input: Any, target: Tensor, *given: Any, metrics: bool = False) -> Any:
+    from ._dtensor import loss_of_dtensor
+    from .vocab_parallel import Arguments
+
+    return loss_of_dtensor("cross_entropy", input, target, Arguments(*given), metrics)
+
+
+# --------------------------------------------------------------------------------------------------
 # Functions and module
 
 
@@ -410,6 +432,12 @@ def cross_entropy(
         NotImplementedError: integer, complex, sparse or other input that no kernel takes.
         TypeError: not a tensor, or an option of a wrong type.
     """
+    if type(input) not in _PLAIN and _is_dtensor(input):
+        if size_average is not None or reduce is not None:
+            reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
+        given = weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family
+        return _loss_of_dtensor(input, target, *given)[0]
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             cross_entropy,
@@ -500,6 +528,9 @@ def cross_entropy_with_metrics(
     """
     code = reduction_code(reduction, None, None)
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
+    if type(input) not in _PLAIN and _is_dtensor(input):
+        given = weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family
+        return _loss_of_dtensor(input, target, *given, metrics=True)
     try:
         out_dtype = checked_dtype("cross_entropy", out_dtype) or autocast_dtype(input, target)
         options = code, ignore_index, label_smoothing, out_dtype, family, inplace_backward

@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from . import _rows
 from ._autograd import (
+    KERNEL_DTYPES,
     accumulation,
     autocast_dtype,
     check_devices,
@@ -31,6 +32,7 @@ from ._autograd import (
     is_transformed,
     may_be_differentiated,
     reduction_code,
+    unsupported_dtype,
 )
 from ._distributed import Replicated, Shard, agree, all_gather, announce_failure, group_name
 from ._explain import note
@@ -209,7 +211,7 @@ def local_planes(
 ) -> Tensor:
     """The op's planes with the meaning that `combine` gives them, the first `count`."""
     largest, log_sum, target_sum, dot, picked, target_weight, *entropy = rows.unbind(0)
-    if not shard.classes:
+    if shard.classes < min(shard.total, 1):  # none here, of some
         largest = log_sum = torch.full_like(largest, -torch.inf)
     if local.owned is None:
         target_sum, dot = target_sum * local.scale, dot * local.scale
@@ -330,6 +332,12 @@ def _described(op: str, logits: Tensor, target: Tensor, given: Arguments, metric
             f"{op}: does not work under torch.func and forward-mode AD, which no collective knows"
         )
     rows, index_target = _rows.row_shape(op, logits, target, None)
+    if logits.dtype not in KERNEL_DTYPES:
+        raise unsupported_dtype(op, "input", logits)
+    if index_target and target.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise RuntimeError(
+            f"{op}: expected target dtype to be Long, Int or Byte for class indices, got {target.dtype}"
+        )
     weight, family = given.weight, given.family
     family.check(op, logits, rows)
     reduction_code(given.reduction, None, None)
@@ -398,9 +406,11 @@ def sharded_loss(
         if not torch.compiler.is_compiling():
             announce_failure(name, error)
         raise
-    weights = None if given.weight is None else given.weight.shape[0]
+    # Numbers, where Dynamo may have symbols: of one it makes no range.
+    classes = len(range(logits.shape[class_dim(logits)]))
+    weights = None if given.weight is None else len(range(given.weight.shape[0]))
     description = *description, ("vocab_size", str(vocab_size))
-    shard = agree(op, name, description, logits.shape[class_dim(logits)], vocab_start, weights)
+    shard = agree(op, name, description, classes, vocab_start, weights)
     try:
         return _loss_of_shard(shard, logits, target, given, metrics)
     except IndexError:

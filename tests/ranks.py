@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Ranks:
@@ -96,3 +97,16 @@ def subgroup(ranks: Sequence[int]) -> dist.ProcessGroup:
     if key not in _groups:
         _groups[key] = dist.new_group(list(ranks))
     return _groups[key]
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the functional collectives that run within: name, and bytes that this process gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "_c10d_functional" and func.__name__ != "wait_tensor.default":
+            self.seen.append((func.__name__.partition(".")[0], args[0].nbytes))
+        return func(*args, **(kwargs or {}))

@@ -5,16 +5,24 @@ Four processes serve all tests; those of two and three ranks are some of them.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, subgroup
+from ranks import Collectives, Ranks, subgroup
 from tolerances import assert_near
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import lossops
 from lossops._distributed import _talks_of
@@ -23,13 +31,14 @@ from lossops.functional import (
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_metrics,
 )
+from lossops.vocab_parallel import _NUMBERS, _RADIX, best_classes
 
 SIZES = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    group = Ranks(4, limit=8)
+    group = Ranks(4, limit=30)
     yield group
     group.close()
 
@@ -38,6 +47,11 @@ def member(size: int) -> dist.ProcessGroup | None:
     """The group of the first `size` ranks, None on the others."""
     group = subgroup(range(size))
     return group if dist.get_rank() < size else None
+
+
+def forget_agreements(group: dist.ProcessGroup | None = None) -> None:
+    """The next call is every rank's first."""
+    _talks_of((group or dist.group.WORLD).group_name).agreed.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,8 +200,7 @@ def run_examples(size: int, seeds: range, check: Any) -> list[str]:
     wrong = []
     for seed in seeds:
         example = Example(seed, group)
-        # Or a rank that knows its part of a call would not hear of another partition.
-        _talks_of(group.group_name).agreed.clear()
+        forget_agreements(group)  # or a rank that knows its part would not hear of another partition
         try:
             check(example)
         except Exception as error:
@@ -276,3 +289,727 @@ def test_metrics_are_those_of_the_unsharded_function(ranks: Ranks, size: int) ->
 @pytest.mark.parametrize("size", SIZES)
 def test_loss_and_gradients_are_those_of_the_unsharded_reference(ranks: Ranks, size: int) -> None:
     assert_none_wrong(ranks(run_examples, size, range(100 * size, 100 * size + 100), check_example))
+
+
+# --------------------------------------------------------------------------------------------------
+# Hard rows
+
+
+def sharded(whole: Tensor, size: int = 4, dim: int = 1) -> Tensor:
+    """This rank's part, as torch.chunk divides; a leaf of its own."""
+    parts = whole.tensor_split(size, dim)
+    return parts[dist.get_rank()].detach().clone().requires_grad_()
+
+
+INF = torch.inf
+HARD_ROWS = {
+    "largest logits of 1e30 on one rank": [1e30, 0, 1, -5, 1e30, 2, 3, 1],
+    "a rank of nothing but -inf": [-INF, -INF, 0.5, 2, 1, -INF, 3, 1],
+    "one finite logit": [-INF, -INF, -INF, -INF, -INF, 2, -INF, -INF],
+    "all -inf": [-INF] * 8,
+    "an infinity": [0, 1, 2, INF, 1, 1, 1, 1],
+    "infinities on two ranks": [INF, 1, 2, INF, 1, 1, 1, 1],
+    "a NaN": [0, 1, torch.nan, 3, 1, 1, 1, 1],
+    "equal logits": [2] * 8,
+}
+
+
+def check_hard_rows(options: dict[str, Any]) -> None:
+    logits = torch.tensor(list(HARD_ROWS.values()), dtype=torch.float32)
+    # The class lies where the logit is finite: an infinite loss has a gradient of differences of infinities.
+    target = torch.tensor([0, 3, 5, 1, 0, 1, 0, 6])
+    mine = sharded(logits)
+    loss, metrics = vocab_parallel_cross_entropy_with_metrics(mine, target, reduction="none", **options)
+    whole = logits.clone().requires_grad_()
+    expected, expected_metrics = lossops.functional.cross_entropy_with_metrics(
+        whole, target, reduction="none", **options
+    )
+    assert_near(loss.detach(), expected.detach())
+    for name, a, e in zip(metrics._fields, metrics, expected_metrics, strict=True):
+        assert torch.allclose(a.double(), e.double(), 1e-5, 1e-6, equal_nan=True), (name, a, e)
+    # The gradients of what has a loss.
+    finite = expected.detach().isfinite().float()
+    weight = {"row_weight": finite, **options}
+    vocab_parallel_cross_entropy(mine, target, reduction="sum", **weight).backward()
+    lossops.cross_entropy(whole, target, reduction="sum", **weight).backward()
+    assert_near(mine.grad, whole.grad.tensor_split(4, 1)[dist.get_rank()], message="gradient")
+    assert mine.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"logit_scale": 0.5}], ids=str)
+def test_infinities_and_nans_across_shards(ranks: Ranks, options: dict[str, Any]) -> None:
+    ranks(check_hard_rows, options)
+
+
+def check_zero_targets_at_minus_infinity() -> None:
+    """A weight of 0, or a probability of 0, at a logit of -inf adds nothing, on whichever rank it lies."""
+    logits = torch.randn(3, 8)
+    logits[:, 5] = -INF
+    weight = torch.ones(8)
+    weight[5] = 0
+    target = torch.tensor([0, 3, 7])
+    probabilities = torch.rand(3, 8)
+    probabilities[:, 5] = 0
+    for t, options in ((target, {"weight": weight, "label_smoothing": 0.1}), (probabilities, {})):
+        mine, whole = sharded(logits), logits.double().requires_grad_()
+        given = sharded(t).detach() if t.is_floating_point() else t
+        loss = vocab_parallel_cross_entropy(mine, given, **options)
+        expected = cross_entropy_reference(whole, t.double() if t.is_floating_point() else t, **options)
+        assert expected.isfinite()
+        assert_near(loss.detach(), expected.detach())
+        loss.backward()
+        expected.backward()
+        assert_near(mine.grad, whole.grad.tensor_split(4, 1)[dist.get_rank()])
+
+
+def test_zero_targets_at_minus_infinity(ranks: Ranks) -> None:
+    ranks(check_zero_targets_at_minus_infinity)
+
+
+def check_nothing_counts() -> None:
+    target = torch.full((3,), -100)
+    for dtype in (torch.float16, torch.float32):
+        mine = sharded(torch.full((3, 8), torch.nan, dtype=dtype))
+        assert vocab_parallel_cross_entropy(mine, target).isnan()
+        loss, metrics = vocab_parallel_cross_entropy_with_metrics(mine, target, empty="zero", z_loss=0.1)
+        assert loss == 0
+        loss.backward()
+        assert torch.equal(mine.grad, torch.zeros_like(mine))
+        assert metrics.predicted.tolist() == [-1] * 3 and not metrics.correct.any()
+        assert all((plane == 0).all() for plane in metrics[:4])
+    no_rows = torch.empty(0, 2, requires_grad=True)
+    assert vocab_parallel_cross_entropy(no_rows, target[:0]).isnan()
+    assert vocab_parallel_cross_entropy(no_rows, target[:0], reduction="sum") == 0
+    # No classes at all: as unsharded.
+    probabilities = torch.empty(2, 0)
+    expected = lossops.cross_entropy(probabilities, probabilities, reduction="none")
+    loss = vocab_parallel_cross_entropy(probabilities, probabilities, reduction="none")
+    assert torch.equal(loss.isnan(), expected.isnan())
+
+
+def test_nothing_counts(ranks: Ranks) -> None:
+    ranks(check_nothing_counts)
+
+
+def check_predicted() -> None:
+    """The lowest class of the largest logit, whichever ranks hold it; beyond what float32 can count."""
+    logits = torch.zeros(3, 8)
+    logits[0, [3, 6]] = 1
+    logits[1, [1, 2, 7]] = 5
+    _, metrics = vocab_parallel_cross_entropy_with_metrics(sharded(logits), torch.tensor([3, 7, 0]))
+    assert metrics.predicted.tolist() == [3, 1, 0]
+    assert metrics.correct.tolist() == [True, False, True]
+    # The same shards in the other order.
+    rank = dist.get_rank()
+    _, metrics = vocab_parallel_cross_entropy_with_metrics(
+        sharded(logits), torch.tensor([3, 7, 0]), vocab_start=6 - 2 * rank
+    )
+    assert metrics.predicted.tolist() == [0, 1, 0]
+
+
+def test_predicted_is_the_lowest_class_across_ranks(ranks: Ranks) -> None:
+    ranks(check_predicted)
+    index = torch.tensor([[[2**24 + 1, 2**40 + 3]], [[2**24 + 2, 2**40 + 5]]])
+    value = torch.tensor([[[1.0, 1.0]], [[1.0, 2.0]]])
+    candidates = torch.stack([value, (index // _RADIX).float(), (index % _RADIX).float()], 2)
+    assert best_classes(candidates).tolist() == [[2**24 + 1, 2**40 + 5]]
+
+
+def check_one_rank_has_all_classes() -> None:
+    logits = torch.randn(4, 6, dtype=torch.float64)
+    target = torch.tensor([0, 5, 2, -100])
+    parts = logits.split([0, 0, 6, 0], 1)
+    mine, whole = parts[dist.get_rank()].clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(mine, target, label_smoothing=0.2, z_loss=0.1)
+    expected = cross_entropy_reference(whole, target, label_smoothing=0.2, z_loss=0.1)
+    assert_near(loss.detach(), expected.detach())
+    loss.backward()
+    expected.backward()
+    assert_near(mine.grad, whole.grad if mine.numel() else mine.detach())
+
+
+def test_one_rank_has_all_classes(ranks: Ranks) -> None:
+    ranks(check_one_rank_has_all_classes)
+
+
+def check_without_gradients() -> None:
+    logits, target = torch.randn(4, 8), torch.randint(0, 8, (4,))
+    expected = lossops.cross_entropy(logits, target)
+    loss = vocab_parallel_cross_entropy(sharded(logits).detach(), target)
+    assert not loss.requires_grad
+    assert_near(loss, expected.double())
+    with torch.no_grad():
+        assert torch.equal(vocab_parallel_cross_entropy(sharded(logits), target), loss)
+    with torch.inference_mode():
+        assert torch.equal(vocab_parallel_cross_entropy(sharded(logits), target), loss)
+
+
+def test_without_gradients(ranks: Ranks) -> None:
+    ranks(check_without_gradients)
+
+
+def check_in_place() -> None:
+    """The gradient takes the logits' memory, and is the same."""
+    logits, target = torch.randn(4, 8), torch.randint(0, 8, (4,))
+    mine = sharded(logits)
+    vocab_parallel_cross_entropy(mine, target, label_smoothing=0.1).backward()
+    leaf = sharded(logits)
+    given = leaf * 1
+    vocab_parallel_cross_entropy(given, target, label_smoothing=0.1, inplace_backward=True).backward()
+    assert torch.equal(leaf.grad, mine.grad)
+    assert torch.equal(given.detach(), mine.grad)
+
+
+def test_in_place(ranks: Ranks) -> None:
+    ranks(check_in_place)
+
+
+def check_weight_gradient() -> None:
+    """Of class weights with probabilities: each rank's own, or those of all classes on every rank."""
+    logits, target = torch.randn(4, 8, dtype=torch.float64), torch.rand(4, 8, dtype=torch.float64)
+    weight = torch.rand(8, dtype=torch.float64)
+    whole = weight.clone().requires_grad_()
+    cross_entropy_reference(logits, target, whole, label_smoothing=0.2).backward()
+    options = {"label_smoothing": 0.2}
+    mine, t = sharded(logits).detach(), sharded(target).detach()
+    everywhere = weight.clone().requires_grad_()
+    vocab_parallel_cross_entropy(mine, t, weight=everywhere, **options).backward()
+    assert_near(everywhere.grad, whole.grad)
+    own = sharded(weight, dim=0)
+    vocab_parallel_cross_entropy(mine, t, weight=own, **options).backward()
+    assert_near(own.grad, sharded(whole.grad, dim=0).detach())
+
+
+def test_weight_gradient(ranks: Ranks) -> None:
+    ranks(check_weight_gradient)
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+
+def check_out_of_range(value: int, classes: list[int], dtype: torch.dtype) -> None:
+    mine = torch.randn(3, classes[dist.get_rank()])
+    target = torch.tensor([0, 1, value], dtype=dtype)
+    with pytest.raises(IndexError, match=rf"Target {value} is out of bounds: row 2 .* C = {sum(classes)},"):
+        vocab_parallel_cross_entropy(mine, target, ignore_index=1)
+    assert vocab_parallel_cross_entropy(mine, target, ignore_index=value).isfinite()  # all go on
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(8, torch.int64), (-1, torch.int32), (200, torch.uint8), (-100, torch.int64)]
+)
+def test_a_target_out_of_range_is_an_index_error_on_every_rank(
+    ranks: Ranks, value: int, dtype: torch.dtype
+) -> None:
+    ranks(check_out_of_range, value, [4, 0, 3, 1], dtype)
+
+
+def odd_one_out(op: Any, usual: dict[str, Any], odd: dict[str, Any]) -> str:
+    """The error of a call in which rank 1 gives something else."""
+    given = {**usual, **(odd if dist.get_rank() == 1 else {})}
+    forget_agreements()
+    try:
+        op(given.pop("logits"), given.pop("target"), **given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _usual() -> dict[str, Any]:
+    return {"logits": torch.randn(3, 2), "target": torch.tensor([0, 1, 7])}
+
+
+DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"logits": torch.randn(2, 2), "target": torch.tensor([0, 1])}, r"rows \(3,\) .* rows \(2,\)"),
+    "dtype": ({"logits": torch.randn(3, 2).double()}, "torch.float32.* torch.float64"),
+    "kind": ({"target": torch.rand(3, 2)}, "class indices .* probabilities"),
+    "smoothing": ({"label_smoothing": 0.1}, r"label_smoothing \[0.0, 0.1"),
+    "z-loss": ({"z_loss": 0.5}, r"z_loss \[0.0, 0.5, 0.0, 0.0\]"),
+    "softcap": ({"softcap": 5.0}, "softcap absent on rank 0 and softcap given on rank 1"),
+    "ignore_index": ({"ignore_index": 1}, r"ignore_index \[-100.0, 1.0"),
+    "reduction": ({"reduction": "sum"}, "reduction mean on rank 0 and reduction sum on rank 1"),
+    "scale": ({"logit_scale": torch.tensor(1.0)}, "a number .* a tensor"),
+    "weight": ({"weight": torch.rand(2)}, "weight absent .* weight given"),
+    "weights": ({"weight": torch.rand(3)}, "weight absent .* weight given"),
+    "start": ({"vocab_start": 3}, r"shards to follow each other from class 0 on, got vocab_start \[None, 3"),
+    "size": ({"vocab_size": 9}, "vocab_size None on rank 0 and vocab_size 9 on rank 1"),
+    "failure": ({"z_loss": "high"}, "TypeError: .*expected z_loss to be a float, got 'high'"),
+    "bad shape": ({"target": torch.tensor([0, 1])}, r"ValueError: .*expected target of shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_ranks_that_disagree_are_told_so_on_every_rank(ranks: Ranks, name: str) -> None:
+    odd, message = DISAGREEMENTS[name]
+    for error in ranks(odd_one_out, vocab_parallel_cross_entropy, _usual(), odd):
+        assert re.search(message, error), error
+    for error in ranks(odd_one_out, vocab_parallel_cross_entropy, _usual(), {}):
+        assert error == "no error"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": torch.rand(3)}, r"weight tensors for each rank's classes, \[2, 2, 2, 2\], or for all 8"),
+        ({"vocab_size": 9}, r"shards of 9 classes in all, got \[2, 2, 2, 2\]"),
+        ({"vocab_start": 0}, r"follow each other from class 0 on, got vocab_start \[0, 0, 0, 0\]"),
+        ({"label_smoothing": 2.0}, "label_smoothing must be between"),
+        ({"reduction": "median"}, "median is not a valid value for reduction"),
+        ({"logits": torch.randn(3, 2).long()}, "not implemented for input of dtype torch.int64"),
+        ({"logits": [1.0]}, "expected input to be a Tensor, got list"),
+        ({"target": torch.tensor([0, 1, 7], dtype=torch.int16)}, "target dtype to be Long, Int or Byte"),
+        ({"out_dtype": torch.int64}, "expected out_dtype"),
+        ({"group": dist.GroupMember.NON_GROUP_MEMBER}, "group to be one that this process belongs to"),
+    ],
+    ids=lambda x: str(list(x)) if isinstance(x, dict) else "",
+)
+def test_what_is_wrong_on_every_rank_is_said_on_every_rank(
+    ranks: Ranks, given: dict[str, Any], message: str
+) -> None:
+    for error in ranks(odd_one_out, vocab_parallel_cross_entropy, {**_usual(), **given}, {}):
+        assert re.search(message, error), error
+
+
+def test_without_torch_distributed() -> None:
+    with pytest.raises(RuntimeError, match=r"expected torch.distributed.init_process_group"):
+        vocab_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+def check_transforms() -> None:
+    with pytest.raises(RuntimeError, match=r"does not work under torch.func"):
+        torch.func.grad(lambda z: vocab_parallel_cross_entropy(z, torch.tensor([0, 1])))(torch.randn(2, 3))
+
+
+def test_transforms_are_refused(ranks: Ranks) -> None:
+    ranks(check_transforms)
+
+
+def agreed_calls_that_meet(compiled: bool) -> str:
+    """Two calls that every rank knows, of which rank 1 then makes the other one."""
+    calls = [{"softcap": 5.0}, {"softcap": 3.0}, {"reduction": "sum"}, {"reduction": "mean"}]
+    function = vocab_parallel_cross_entropy
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    logits, target = torch.randn(3, 2), torch.tensor([0, 1, 7])
+    for options in calls:
+        assert function(logits, target, **options).isfinite()
+    results = []
+    for here, there in (calls[:2], calls[2:]):
+        try:
+            results.append(str(function(logits, target, **(there if dist.get_rank() == 1 else here)).item()))
+        except RuntimeError as error:
+            results.append(str(error))
+    return " ".join(results)
+
+
+def test_known_calls_that_do_not_belong_together_give_no_number(ranks: Ranks) -> None:
+    for text in ranks(agreed_calls_that_meet, False):
+        assert re.search(r"got softcap \[5.0, 3.0, 5.0, 5.0\].*got configuration \[", text), text
+    assert ranks(agreed_calls_that_meet, True) == ["nan nan"] * 4
+
+
+def loss_while_rank_1(action: str) -> str:
+    logits, target = torch.randn(3, 2), torch.tensor([0, 1, 3])
+    if action != "dies early":
+        vocab_parallel_cross_entropy(logits, target)
+    if dist.get_rank() == 1:
+        if action.startswith("dies"):
+            os._exit(7)
+        logits, target = logits[:2], target[:2]  # a call that rank 0 does not make
+    try:
+        return f"no error, but {vocab_parallel_cross_entropy(logits, target)}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("dies early", "rank 0 has waited in vain for ranks [1] of the group"),
+        ("dies", "Error"),  # torch.distributed's own
+        ("differs", "Error"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_an_error_in_time(action: str, message: str) -> None:
+    pair = Ranks(2, limit=3)
+    try:
+        start = time.monotonic()
+        first, second = pair.outcomes(loss_while_rank_1, action)
+        assert message in first and "no error" not in first, first
+        if action == "differs":
+            assert "rank 1 has waited in vain for ranks [0] of the group" in second
+        else:
+            assert second == "exit code 7"
+        assert time.monotonic() - start < 60  # processes that start take most of it
+    finally:
+        pair.close()
+    assert not any(process.is_alive() for process in pair.processes)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+def check_compile(
+    size: int, backend: str, dynamic: bool | None, options: dict[str, Any], metrics: bool
+) -> None:
+    if (group := member(size)) is None:
+        return
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        if metrics:
+            loss, rows = vocab_parallel_cross_entropy_with_metrics(logits, target, group=group, **options)
+            return loss + rows.entropy.sum() + rows.predicted.sum() + rows.logprob.sum()
+        return vocab_parallel_cross_entropy(logits, target, group=group, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
+    for rows in (6, 5) if dynamic else (6,):
+        logits = torch.randn(rows, 9)
+        target = torch.randint(0, 9, (rows,))
+        mine, eager = sharded(logits, size), sharded(logits, size)
+        result, expected = compiled(mine, target), loss(eager, target)
+        assert_near(result.detach(), expected.detach().double(), scale=10)
+        result.backward()
+        expected.backward()
+        assert_near(mine.grad, eager.grad.double(), scale=10)
+
+
+@pytest.mark.parametrize(
+    ("size", "backend", "dynamic", "options", "metrics"),
+    [
+        (2, "inductor", None, {"label_smoothing": 0.1, "z_loss": 0.1}, False),
+        (4, "aot_eager", None, {}, False),
+        (3, "aot_eager", True, {"weight": torch.rand(9), "logit_scale": torch.tensor(0.7)}, False),
+        (2, "aot_eager", True, {"softcap": 5.0, "ignore_index": 3}, True),
+    ],
+    ids=["inductor", "plain", "dynamic", "metrics"],
+)
+def test_compile(
+    ranks: Ranks, size: int, backend: str, dynamic: bool | None, options: dict[str, Any], metrics: bool
+) -> None:
+    ranks(check_compile, size, backend, dynamic, options, metrics)
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages
+
+
+def messages(backward: bool, options: dict[str, Any]) -> list[tuple[str, int]]:
+    """The collectives of one step, and the bytes that this rank gives to each."""
+    logits = sharded(torch.randn(16, 8))
+    target = torch.randint(0, 8, (16,))
+    vocab_parallel_cross_entropy(logits, target, **options)  # agreed
+    with Collectives() as collectives:
+        loss = vocab_parallel_cross_entropy(logits, target, **options)
+        if backward:
+            loss.backward()
+    return collectives.seen
+
+
+@pytest.mark.parametrize(
+    ("options", "planes"),
+    [({}, 4), ({"label_smoothing": 0.1, "z_loss": 0.1}, 4), ({"weight": torch.rand(8)}, 6)],
+    ids=["plain", "smoothing", "weight"],
+)
+def test_one_collective_forward_and_none_backward(ranks: Ranks, options: dict[str, Any], planes: int) -> None:
+    for seen in ranks(messages, True, options):
+        ((name, size),) = seen
+        assert name == "all_gather_into_tensor"
+        assert size == 4 * (16 * planes + len(_NUMBERS))
+
+
+def test_a_learnable_scale_is_one_number_more(ranks: Ranks) -> None:
+    for seen in ranks(messages, True, {"logit_scale": torch.tensor(1.0, requires_grad=True)}):
+        assert [name for name, _ in seen] == ["all_gather_into_tensor", "all_reduce"]
+        assert seen[1][1] == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# DTensors
+
+
+_meshes: dict[tuple[int, ...], DeviceMesh] = {}
+
+
+def mesh_of(*shape: int) -> DeviceMesh:
+    if shape not in _meshes:
+        names = ("data", "classes")[-len(shape) :]
+        _meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return _meshes[shape]
+
+
+S, R = Shard, Replicate()
+PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[Any]]] = {
+    # logits' shape, mesh, placements: 7 rows and 10 classes are uneven in each
+    "classes": ((7, 10), (4,), [S(1)]),
+    "rows": ((7, 10), (4,), [S(0)]),
+    "replicated": ((7, 10), (4,), [R]),
+    "rows, classes": ((7, 10), (2, 2), [S(0), S(1)]),
+    "classes, rows": ((7, 10), (2, 2), [S(1), S(0)]),
+    "replicated, classes": ((7, 10), (2, 2), [R, S(1)]),
+    "rows, replicated": ((7, 10), (2, 2), [S(0), R]),
+    "rows, rows": ((7, 10), (2, 2), [S(0), S(0)]),
+    "positions, classes": ((2, 10, 3), (2, 2), [S(2), S(1)]),
+    "one row": ((10,), (4,), [S(0)]),
+    "fewer classes than ranks": ((5, 3), (4,), [S(1)]),
+    "fewer rows than ranks": ((2, 5), (4,), [S(0)]),
+}
+DTENSOR_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "none", "label_smoothing": 0.1},
+    {"reduction": "sum", "z_loss": 0.1, "softcap": 5.0},
+    {"weight": True, "ignore_index": 1},
+    {"label_smoothing": 0.2, "logit_scale": 0.8, "row_weight": True},
+    {"normalizer": 3.5, "empty": "zero"},
+]
+
+
+def check_dtensor(name: str, probabilities: bool) -> None:
+    shape, mesh_shape, placements = PLACEMENTS[name]
+    mesh, dim = mesh_of(*mesh_shape), 1 if len(shape) > 1 else 0
+    rows = [*shape[:dim], *shape[dim + 1 :]]
+    torch.manual_seed(5)
+    for k, options in enumerate(DTENSOR_OPTIONS):
+        logits = torch.randn(shape, dtype=torch.float64)
+        target = torch.rand(shape).double() if probabilities else torch.randint(0, shape[dim], rows)
+        options = dict(options)
+        tensors = {"logits": logits}
+        if probabilities:
+            options.pop("ignore_index", None)
+            tensors["target"] = target
+        if options.pop("weight", False):
+            options["weight"] = torch.rand(shape[dim]).double()
+        if "logit_scale" in options:
+            tensors["logit_scale"] = torch.tensor(options.pop("logit_scale")).double()
+        if options.pop("row_weight", False):
+            tensors["row_weight"] = torch.rand(rows).double()
+        whole = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        mine = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        mine["logits"] = distribute_tensor(logits, mesh, placements).requires_grad_()
+        if probabilities and k % 2:  # else a replicated Tensor
+            mine["target"] = distribute_tensor(target, mesh, placements).requires_grad_()
+        expected = cross_entropy_reference(whole["logits"], **{"target": target, **rest(whole)}, **options)
+        loss = lossops.cross_entropy(mine["logits"], **{"target": target, **rest(mine)}, **options)
+        assert isinstance(loss, DTensor)
+        if options.get("reduction") != "none":
+            assert loss.placements == (R,) * mesh.ndim
+        assert loss.shape == expected.shape
+        assert_near(loss.full_tensor().detach(), expected.detach(), scale=10, message=f"loss {options}")
+        loss.sum().backward()
+        expected.sum().backward()
+        assert mine["logits"].grad.placements == tuple(placements)
+        for n in tensors:
+            grad = mine[n].grad
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            assert_near(grad, whole[n].grad, scale=100, message=f"gradient of {n} {options}")
+
+
+def rest(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "logits"}
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_dtensors_are_as_their_whole_tensors(ranks: Ranks, name: str, probabilities: bool) -> None:
+    ranks(check_dtensor, name, probabilities)
+
+
+def check_dtensor_metrics() -> None:
+    logits, target = torch.randn(7, 10), torch.randint(0, 10, (7,))
+    expected_loss, expected = lossops.functional.cross_entropy_with_metrics(logits, target)
+    for mesh, placements in (((4,), [S(1)]), ((4,), [S(0)]), ((2, 2), [S(0), S(1)])):
+        given = distribute_tensor(logits, mesh_of(*mesh), placements)
+        loss, metrics = lossops.functional.cross_entropy_with_metrics(given, target)
+        assert_near(loss.full_tensor(), expected_loss.double())
+        for name, a, e in zip(metrics._fields, metrics, expected, strict=True):
+            assert torch.allclose(a.full_tensor().double(), e.double(), 1e-5, 1e-5), name
+
+
+def test_dtensor_metrics(ranks: Ranks) -> None:
+    ranks(check_dtensor_metrics)
+
+
+def check_dtensor_modules() -> None:
+    """In 16 bit, with the module; and it is what torch's loss_parallel returns."""
+    logits, target = torch.randn(8, 12), torch.randint(0, 12, (8,))
+    given = distribute_tensor(logits, mesh_of(4), [S(1)]).requires_grad_()
+    with loss_parallel():
+        torchs = torch.nn.functional.cross_entropy(given, target)
+        torchs.backward()
+    grad, given.grad = given.grad, None
+    loss = lossops.CrossEntropyLoss()(given, target)
+    loss.backward()
+    assert (type(loss), loss.placements, loss.dtype) == (type(torchs), torchs.placements, torchs.dtype)
+    assert_near(loss.full_tensor().detach(), torchs.full_tensor().detach().double())
+    assert given.grad.placements == grad.placements
+    assert_near(given.grad.to_local(), grad.to_local().double())
+    half = distribute_tensor(logits.bfloat16(), mesh_of(4), [S(0)])
+    exact = cross_entropy_reference(logits.bfloat16().double(), target)
+    loss = lossops.cross_entropy(half, target)
+    assert loss.dtype == torch.bfloat16
+    assert_near(loss.full_tensor(), exact)  # rounded once, not on every rank
+    assert lossops.cross_entropy(half, target, out_dtype=torch.float32).dtype == torch.float32
+
+
+def test_dtensor_is_as_in_torchs_loss_parallel(ranks: Ranks) -> None:
+    ranks(check_dtensor_modules)
+
+
+def check_dtensor_second_derivative() -> None:
+    logits, target = torch.randn(6, 8, dtype=torch.float64), torch.randint(0, 8, (6,))
+    for mesh, placements in (((4,), [S(1)]), ((2, 2), [S(0), S(1)])):
+        given = distribute_tensor(logits, mesh_of(*mesh), placements).requires_grad_()
+        whole = logits.clone().requires_grad_()
+        seconds = []
+        for x, function in ((given, lossops.cross_entropy), (whole, cross_entropy_reference)):
+            (grad,) = torch.autograd.grad(function(x, target, z_loss=0.1), x, create_graph=True)
+            (second,) = torch.autograd.grad(grad.pow(3).sum(), x)
+            seconds.append(second)
+        assert_near(seconds[0].full_tensor(), seconds[1])
+
+
+def test_dtensor_second_derivative(ranks: Ranks) -> None:
+    ranks(check_dtensor_second_derivative)
+
+
+def check_refused_placements() -> None:
+    target = torch.tensor([0, 1, 2, 3])
+    for mesh, placements in (((4,), [Partial()]), ((2, 2), [S(1), S(1)])):
+        given = DTensor.from_local(torch.randn(4, 5), mesh_of(*mesh), placements, run_check=False)
+        with pytest.raises(NotImplementedError, match=r"expected a DTensor .* redistribute it first"):
+            lossops.cross_entropy(given, target)
+    given = distribute_tensor(torch.randn(4, 8), mesh_of(4), [S(1)])
+    with pytest.raises(ValueError, match="expected DTensors of one mesh"):
+        lossops.cross_entropy(given, distribute_tensor(target, mesh_of(2, 2), [R, R]))
+    with pytest.raises(IndexError, match=r"Target 8 is out of bounds: row 3 .* C = 8,"):
+        lossops.cross_entropy(given, torch.tensor([0, 1, 2, 8]))
+
+
+def test_placements_that_are_refused(ranks: Ranks) -> None:
+    ranks(check_refused_placements)
+
+
+def check_dtensor_compile() -> None:
+    logits, target = torch.randn(8, 12), torch.randint(0, 12, (8,))
+    torch._dynamo.reset()
+    compiled = torch.compile(lossops.cross_entropy, fullgraph=True, backend="aot_eager")
+    given = distribute_tensor(logits, mesh_of(2, 2), [S(0), S(1)]).requires_grad_()
+    whole = logits.clone().requires_grad_()
+    loss, expected = compiled(given, target), lossops.cross_entropy(whole, target)
+    assert_near(loss.full_tensor().detach(), expected.detach().double())
+    loss.backward()
+    expected.backward()
+    assert_near(given.grad.full_tensor(), whole.grad.double())
+
+
+def test_dtensor_compile(ranks: Ranks) -> None:
+    ranks(check_dtensor_compile)
+
+
+def head() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+
+
+def check_parallelized_module() -> None:
+    x, target = torch.randn(5, 6), torch.randint(0, 10, (5,))
+    single, parallel = head(), head()
+    parallelize_module(
+        parallel,
+        mesh_of(4),
+        {"2": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)},
+    )
+    loss = lossops.cross_entropy(parallel(x), target, label_smoothing=0.1)
+    expected = lossops.cross_entropy(single(x), target, label_smoothing=0.1)
+    assert_near(loss.full_tensor().detach(), expected.detach().double())
+    loss.backward()
+    expected.backward()
+    for name, parameter in parallel.named_parameters():
+        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        assert_near(grad, single.get_parameter(name).grad.double(), scale=10, message=name)
+
+
+def test_parallelize_module(ranks: Ranks) -> None:
+    ranks(check_parallelized_module)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data parallelism and gradient accumulation
+
+ROWS = {  # of each rank's micro-batches, of which FSDP wants as many on every rank
+    "ddp": [[5, 2], [1], [0], [7, 3]],
+    "fsdp": [[5, 2], [1, 0], [0, 3], [7, 3]],
+}
+
+
+def batches(rows: list[list[int]]) -> tuple[list[Tensor], list[Tensor], slice]:
+    """The micro-batches of all ranks, and which are this one's."""
+    rank, sizes = dist.get_rank(), [size for sizes in rows for size in sizes]
+    torch.manual_seed(4)
+    inputs = [torch.randn(size, 6) for size in sizes]
+    targets = [torch.randint(0, 10, (size,)).masked_fill(torch.rand(size) < 0.3, -100) for size in sizes]
+    first = sum(map(len, rows[:rank]))
+    return inputs, targets, slice(first, first + len(rows[rank]))
+
+
+def check_global_normalizer(kind: str, options: dict[str, Any]) -> None:
+    inputs, targets, mine = batches(ROWS[kind])
+    single, model = head(), head()
+    expected = lossops.cross_entropy(single(torch.cat(inputs)), torch.cat(targets), **options)
+    expected.backward()
+    counted = {name: value for name, value in options.items() if name == "weight"}
+    normalizer = lossops.global_normalizer(targets[mine], **counted)
+    if kind == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif kind == "fsdp":
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh_of(4))
+    total = torch.zeros(())
+    inputs, targets = inputs[mine], targets[mine]
+    for k, (x, target) in enumerate(zip(inputs, targets, strict=True)):
+        last = k == len(inputs) - 1
+        if kind == "fsdp":
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if kind == "ddp" and not last else contextlib.nullcontext():
+            loss = lossops.cross_entropy(model(x), target, normalizer=normalizer, **options)
+            loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    assert_near(total / 4, expected.detach().double(), scale=10)
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        reference = single.get_parameter(name.removeprefix("module.")).grad
+        assert_near(grad, reference.double(), scale=10, message=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": torch.rand(10), "z_loss": 0.1}], ids=["plain", "weight"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_global_normalizer_makes_one_batch_of_many(ranks: Ranks, kind: str, options: dict[str, Any]) -> None:
+    ranks(check_global_normalizer, kind, options)
+
+
+def check_normalizer_of_groups() -> None:
+    group = member(2)
+    if group is not None:
+        target = torch.tensor([1, -100, 2]) if dist.get_rank() else torch.tensor([1, 1, 1], dtype=torch.uint8)
+        assert lossops.global_normalizer(target, group) == 2.5
+        assert lossops.global_normalizer(torch.rand(dist.get_rank() + 1, 5), group) == 1.5
+        assert lossops.global_normalizer(target, group, weight=torch.arange(3.0)) == 3
+
+
+def test_global_normalizer_of_a_group(ranks: Ranks) -> None:
+    ranks(check_normalizer_of_groups)
+
+
+def test_global_normalizer_of_one_process() -> None:
+    targets = [torch.tensor([1, -100]), torch.tensor([], dtype=torch.int64), torch.tensor([[2, 0]])]
+    normalizer = lossops.global_normalizer(targets)
+    assert normalizer == 3 and normalizer.dtype == torch.float64 and normalizer.dim() == 0
+    assert lossops.global_normalizer(targets[2], ignore_index=0, weight=torch.tensor([9.0, 9.0, 0.5])) == 0.5
+    assert lossops.global_normalizer(torch.full((3,), -100)) == 0
+    for bad in ([], 3, ["a"]):
+        with pytest.raises(TypeError, match="expected target to be a Tensor or a sequence"):
+            lossops.global_normalizer(bad)
