@@ -214,6 +214,18 @@ class _Chunk(NamedTuple):
     target: Tensor
 
 
+def _check_target(head: Head) -> None:
+    """What the kernels raise, who see a chunk's rows and know no others."""
+    bad = head.counted & ~_known(head, head.target)
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise IndexError(
+            f"linear_cross_entropy: Target {int(head.target.flatten()[row])} is out of bounds: row {row} of "
+            f"the target needs a class index from 0 to C-1 for C = {head.classes} or ignore_index "
+            f"({head.ignore_index})"
+        )
+
+
 def _chunks(head: Head) -> Iterator[_Chunk]:
     """The chunks of all rows that count, in one buffer of logits.
 
@@ -223,6 +235,7 @@ def _chunks(head: Head) -> Iterator[_Chunk]:
     count, width = head.x.shape[0], head.weight.shape[0]
     picked = None
     if head.index_target and head.x.device.type == "cpu":
+        _check_target(head)
         counted = head.counted if head.target.dim() == 1 else head.counted.any(1)
         if not counted.all():
             picked = counted.nonzero().squeeze(1)

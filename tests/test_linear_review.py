@@ -125,3 +125,31 @@ def test_compiles_16_bit_heads(way: str) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, w)
     torch.testing.assert_close(compiled, loss(x, w))
     torch.testing.assert_close(gradients(compiled, x, w), gradients(loss(x, w), x, w))
+
+    near = {"rtol": 2**-6, "atol": 2**-8}
+    torch.testing.assert_close(compiled, loss(x, w), **near)
+    torch.testing.assert_close(gradients(compiled, x, w), gradients(loss(x, w), x, w), **near)
+
+
+@pytest.mark.parametrize("counts", [0, 4])
+def test_gradient_filter_where_ignored_rows_stay_in_a_chunk(counts: int) -> None:
+    """As on a GPU, which does not leave them out: they keep no class, and may be all that there is."""
+    n, classes = 8, 50
+    x, weight = torch.randn(n, 3), torch.randn(classes, 3)
+    target = torch.cat([torch.zeros(counts, dtype=torch.int64), torch.full((n - counts,), -100)])
+    absent = None, None, None, None, 0.0
+    options = classes, 1.0, 0.0, -100, 0.0, False, False, n, 0.9
+    head = Head(x, weight, None, target, *absent, *options)
+    chunk = _Chunk(slice(0, n), x, None, x @ weight.t(), target)
+    results, wanted = _Results(head), _Gradients(head, [True, True, *[False] * 5])
+    planes, kept = results.add(chunk)
+    assert kept is not None and kept.tolist() == [0]
+    wanted.add(chunk, planes, upstream(planes, torch.ones(n)), kept)
+    assert all(grad.isfinite().all() for grad in wanted.tensors())
+    assert (wanted.sums["x"][counts:] == 0).all()
+
+
+def test_a_bad_class_index_is_named_by_its_row() -> None:
+    target = torch.tensor([-100, 1, 2, 7, 3])
+    with pytest.raises(IndexError, match=r"linear_cross_entropy: Target 7 .* row 3 .* for C = 4"):
+        linear_cross_entropy(torch.randn(5, 3), torch.randn(4, 3), target, chunk_size=2)
