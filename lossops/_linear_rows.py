@@ -286,19 +286,22 @@ class _Results:
 
 
 def _likely_classes(head: Head, chunk: _Chunk, planes: Tensor) -> Tensor | None:
-    """Those that are a row's target, or whose softmax reaches `gradient_filter` in some row of the chunk."""
+    """Those that are a row's target, or whose softmax reaches `gradient_filter` in some row of the chunk; the
+    first one too, so that there is one. On a GPU the rows may be ignored ones, or have no such class."""
     if not head.gradient_filter:
         return None
     scale = head.scale if head.scale_tensor is None else head.scale_tensor
+    counted = chunk.target != head.ignore_index
     least = planes[_rows.MAX] + planes[_rows.LOG_SUM] + math.log(head.gradient_filter)
+    least = least.masked_fill(~counted, math.inf)
     above = planes.new_full(head.weight.shape[:1], -math.inf)
     for start in range(0, chunk.z.shape[0], 16):  # a few rows at a time: in the cache
         rows = slice(start, start + 16)
         u = transform_reference(chunk.z[rows].to(planes.dtype), scale, head.softcap)
         above = torch.maximum(above, (u - least[rows, None]).amax(0))  # NaN: kept
     keep = ~(above < 0)
-    counted = chunk.target != head.ignore_index
-    keep[chunk.target[counted].long()] = True
+    keep[:1] = True
+    keep[chunk.target.where(counted & _known(head, chunk.target), 0)] = True
     return keep.nonzero().squeeze(1)
 
 
@@ -312,6 +315,11 @@ def _mass(head: Head, chunk: _Chunk, planes: Tensor, classes: Tensor) -> Tensor:
     lse = planes[_rows.MAX] + planes[_rows.LOG_SUM]
     mass = (kept[_rows.MAX] + kept[_rows.LOG_SUM] - lse).exp().clamp(max=1)
     return mass.masked_fill(chunk.target == head.ignore_index, 1)
+
+
+def _known(head: Head, target: Tensor) -> Tensor:
+    """Which targets are classes: on a GPU nothing has stopped the others."""
+    return (target >= 0) & (target < head.classes)
 
 
 def _own_terms(head: Head, planes: Tensor, g: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,8 +336,7 @@ def _own_terms(head: Head, planes: Tensor, g: Tensor, target: Tensor) -> tuple[T
     if head.softcap:
         slope = slope * (1 - ((planes[_rows.PICKED] + planes[_rows.MAX]) / head.softcap).square())
     nothing = (target == head.ignore_index) | (g == 0).all(0)
-    known = (target >= 0) & (target < head.classes)  # on a GPU nothing has stopped the others
-    y = target.where(known, 0).long()
+    y = target.where(_known(head, target), 0)
     return y, (slope * own).masked_fill(nothing, 0), (slope * rest).masked_fill(nothing, 0)
 
 
@@ -362,8 +369,9 @@ class _Gradients:
         if classes is not None:
             position = target.new_full((head.classes,), -1, dtype=torch.int64)
             position[classes] = torch.arange(len(classes), device=position.device)
-            counted = target != head.ignore_index
-            target = position[target.where(counted, classes[0]).long()].where(counted, -1)
+            known = _known(head, target)
+            place = position[target.where(known, 0)].where(known, len(classes))  # that class is unknown, too
+            target = place.where(target != head.ignore_index, -1)
             z = z.index_select(1, classes)
             class_weight = None if class_weight is None else class_weight[classes]
             options = head.scale, head.softcap, -1, 0.0
