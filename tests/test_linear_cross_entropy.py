@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
+import importlib
 import itertools
 import pickle
 import re
@@ -446,29 +446,10 @@ def test_saves_nothing_of_the_logits_size() -> None:
     assert 0 < max(saved) <= 512 * 4
 
 
-def peak_of(step: Callable[[], None]) -> int:
-    """Bytes that a call touches at most beyond what the process held before it."""
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-    step()  # imports what it needs
-    readings = []
-    for _ in range(3):  # what else the process touches only adds
-        gc.collect()
-        lossops.empty_cache()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = status("VmRSS")
-        step()
-        readings.append(status("VmHWM") - before)
-    return min(readings)
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="wants Linux's /proc")
 @pytest.mark.parametrize("way", ["mean", "none", "create_graph", "jvp"])
 @cpu_only
-def test_peak_memory(way: str) -> None:
+def test_peak_memory(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk and what is of the size of operands and gradients, in every way to a derivative."""
     rows, classes, hidden = 2048, 16384, 16
     x = torch.randn(rows, hidden, requires_grad=True)
@@ -488,8 +469,11 @@ def test_peak_memory(way: str) -> None:
         if way == "create_graph":
             torch.autograd.grad(sum(g.square().sum() for g in grads), (x, weight))
 
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    meter = importlib.import_module("_measure").Cpu()
+    step()  # imports what it needs
     logits = 4 * rows * classes  # 134 MB; a chunk is 4 MB
-    assert peak_of(step) < logits / 2
+    assert meter.peak(step, x, kept=0) < logits / 2
 
 
 # --------------------------------------------------------------------------------------------------
