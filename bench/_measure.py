@@ -11,7 +11,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,38 @@ from torch.utils.benchmark import Timer
 import lossops
 
 Loss = Callable[..., Tensor]
-Step = Callable[[], Tensor]
+Step = Callable[[], Any]
 
 COPY_BYTES = 2**28  # or the caches would be measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One problem: a loss's arguments, what it must move at least, and how fast it is to be."""
+    """One problem: a loss's arguments, what it must move or multiply at least, and how fast it is to be."""
 
     name: str
     dtype: torch.dtype
-    elements: int
-    forward_bytes: int  # the least that the forward pass must read and write
-    backward_bytes: int
-    make: Callable[[torch.device], dict[str, Tensor]]  # the loss's tensors, `input` among them
+    elements: int  # of the loss's input; for a linear head, of its logits
+    forward_bytes: int = 0  # the least that the forward pass must read and write
+    backward_bytes: int = 0
+    flops: int = 0  # of its matrix products, where those and not the bytes take the time
+    # The loss's tensors, `input` among them; it needs a gradient, and so does what requires one.
+    make: Callable[[torch.device], dict[str, Tensor]]
     options: dict[str, Any] = field(default_factory=dict)  # its other arguments
-    speedup: float | None = None  # target for eager time / ours, forward + backward, CPU, 2 threads
+    # What it is to reach on the CPU with 2 threads.
+    speedup: float | None = None  # eager time / ours, forward + backward
     forward_speedup: float | None = None  # the same, forward only
+    speedups: dict[str, float] = field(default_factory=dict)  # a peer's time / ours, forward + backward
+    over_floor: float | None = None  # ours / the floor's, at most
+    memory: int | None = None  # peak bytes beyond inputs and gradients, at most
     ours: Loss | None = None  # where a case is not of the module's own function
     eager: Loss | None = None  # what is written in torch where its loss lacks an option; else the module's
+    floor: Callable[..., Step] | None = None  # of the arguments: what no implementation could leave out
     plain: bool = False  # whether peers take it: (N, C), class indices, no option
     in_place: bool = False  # whether ours writes over the logits
+    tolerances: dict[str, float] = field(default_factory=dict)  # of peers less exact than others
+    forward: bool = True  # whether the forward pass is timed alone, too
+    patience: float = math.inf  # seconds of timings after which a contender sits out the rounds to come
 
     def bytes_moved(self, backward: bool) -> int:
         return self.forward_bytes + (self.backward_bytes if backward else 0)
@@ -63,12 +73,31 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_step(loss: Loss, arguments: dict[str, Any], backward: bool) -> Step:
-    """A training step's loss and fresh gradient, or an evaluation's loss."""
-    x = arguments["input"]
+def with_own_leaves(shared: dict[str, Any], grad: bool, copy: bool) -> tuple[dict[str, Any], list[Tensor]]:
+    """The arguments with leaves of their own, which need a gradient or not, and those leaves.
+
+    On the same memory, unless a copy is asked for.
+    """
+    arguments = dict(shared)
+    leaves = []
+    for name, value in shared.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            leaf = value.detach().clone() if copy else value.detach()
+            arguments[name] = leaf.requires_grad_(grad)
+            leaves.append(leaf)
+    return arguments, leaves
+
+
+def clear(leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def make_step(loss: Loss, arguments: dict[str, Any], leaves: Sequence[Tensor], backward: bool) -> Step:
+    """A training step's loss and fresh gradients, or an evaluation's loss."""
 
     def train() -> Tensor:
-        x.grad = None  # or the gradient is added to the last step's
+        clear(leaves)  # or the gradients are added to the last step's
         result = loss(**arguments)
         result.backward()
         return result
@@ -81,20 +110,25 @@ def make_step(loss: Loss, arguments: dict[str, Any], backward: bool) -> Step:
 
 
 def check_agreement(
-    name: str, result: Tensor, grad: Tensor | None, expected: Tensor, expected_grad: Tensor | None
+    name: str,
+    results: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    tolerance: float | None = None,
 ) -> None:
     """Raises where an implementation computes something else: a fast wrong answer is no result.
 
-    2 % is what bfloat16 needs, in which torch rounds its intermediate results; float32 lands far
-    below its 0.1 %.
+    That is a loss and its gradients. 2 % is what bfloat16 needs, in which torch rounds its intermediate
+    results; float32 lands far below its 0.1 %.
     """
     norm = torch.linalg.vector_norm
-    pairs = [(result.detach(), expected.detach())]
-    if grad is not None and expected_grad is not None:
-        pairs.append((grad, expected_grad))
-    for got, want in pairs:
+    for got, want in zip(results, expected, strict=True):
+        if got is None and want is None:
+            continue
+        if got is None or want is None:
+            raise AssertionError(f"{name} and eager PyTorch give gradients to different tensors")
+        got, want = got.detach(), want.detach()
         error = norm(got.float() - want.float()) / norm(want.float())
-        if not error <= (0.02 if want.dtype.itemsize == 2 else 1e-3):  # nor NaN
+        if not error <= (tolerance or (0.02 if want.dtype.itemsize == 2 else 1e-3)):  # nor NaN
             raise AssertionError(f"{name} disagrees with eager PyTorch by {error:.1%}")
 
 
@@ -102,6 +136,8 @@ class Cpu:
     """Wall-clock time, and the peak of the resident set as the kernel counts it."""
 
     device = torch.device("cpu")
+
+    PEAK_SECONDS = 2.0  # after which no further reading of a peak begins, of three
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
@@ -126,28 +162,29 @@ class Cpu:
         """Steps in one timing: one, unless a step is so short that the clock would show."""
         return 1 if seconds >= 1e-3 else math.ceil(5e-3 / seconds)
 
-    def time(self, step: Step, x: Tensor, iterations: int) -> float:
+    def time(self, step: Step, leaves: Sequence[Tensor], iterations: int) -> float:
         """Seconds per step."""
         if iterations > 1:
             timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
             return timer.timeit(iterations).median
         # Not Timer: it warms up with two steps before each, which here would triple the run.
-        x.grad = None  # giving the last gradient back to the system belongs to no step
+        clear(leaves)  # giving the last gradients back to the system belongs to no step
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
 
-    def peak(self, step: Step, x: Tensor, kept: int) -> int | None:
-        """Peak bytes during a step beyond what was resident before it and the `kept` gradient.
+    def peak(self, step: Step, leaves: Sequence[Tensor], kept: int) -> int | None:
+        """Peak bytes during a step beyond what was resident before it and the `kept` gradients.
 
         Within 1 MB or so: the kernel counts in batches, and malloc's own pages come and go. None
         where there is no /proc.
         """
-        readings = []
+        readings: list[int] = []
         self._map_each_block(True)
+        start = time.perf_counter()
         try:
-            for _ in range(3):
-                x.grad = None
+            while len(readings) < 3 and time.perf_counter() - start < self.PEAK_SECONDS:
+                clear(leaves)
                 gc.collect()
                 self._libc.malloc_trim(0)  # freed blocks that it holds on to would hide new ones
                 lossops.empty_cache()  # and so would those that lossops keeps
@@ -165,7 +202,7 @@ class Cpu:
         """Bytes per second of a large copy, read and write counted."""
         source = torch.ones(COPY_BYTES, dtype=torch.uint8)
         target = torch.zeros_like(source)
-        seconds = [self.time(lambda: target.copy_(source), source, 1) for _ in range(7)]
+        seconds = [self.time(lambda: target.copy_(source), [], 1) for _ in range(7)]
         return 2 * COPY_BYTES / statistics.median(seconds)
 
 
@@ -200,9 +237,9 @@ class Cuda:
     def iterations(self, elements: int, seconds: float) -> int:
         return self.WALL_STEPS if self.host_bound(elements) else 1
 
-    def time(self, step: Step, x: Tensor, iterations: int) -> float:
+    def time(self, step: Step, leaves: Sequence[Tensor], iterations: int) -> float:
         """Seconds of the device for one step; of the wall clock for each of several in a row."""
-        return self._wall_time(step, iterations) if iterations > 1 else self._device_time(step, x)
+        return self._wall_time(step, iterations) if iterations > 1 else self._device_time(step, leaves)
 
     def _wall_time(self, step: Step, iterations: int) -> float:
         torch.cuda.synchronize()
@@ -212,10 +249,10 @@ class Cuda:
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / iterations
 
-    def _device_time(self, step: Step, x: Tensor) -> float:
+    def _device_time(self, step: Step, leaves: Sequence[Tensor]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for cycles in self.SLEEP_CYCLES:
-            x.grad = None
+            clear(leaves)
             # Empties the L2 by reading: lines that a write left would be written back at the expense
             # of the step (17 us for an H100's 50 MB).
             torch.sum(self._cold, 0, out=self._sum)
@@ -230,8 +267,8 @@ class Cuda:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def peak(self, step: Step, x: Tensor, kept: int) -> int | None:
-        x.grad = None
+    def peak(self, step: Step, leaves: Sequence[Tensor], kept: int) -> int | None:
+        clear(leaves)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -243,5 +280,5 @@ class Cuda:
         """Bytes per second of a large copy in device memory, read and write counted."""
         source = torch.ones(4 * COPY_BYTES, dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
-        seconds = [self.time(lambda: target.copy_(source), source, 1) for _ in range(21)]
+        seconds = [self.time(lambda: target.copy_(source), [], 1) for _ in range(21)]
         return 2 * source.numel() / statistics.median(seconds)

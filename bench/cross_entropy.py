@@ -156,4 +156,6 @@ _PEERS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "flash-attn": ("flash_attn", _flash_attn),
     "Apex": ("apex", _apex),
 }
-PEERS: dict[str, Loss] = {name: loss for name, (package, loss) in _PEERS.items() if find_spec(package)}
+PEERS: dict[str, dict[str, Loss]] = {
+    "cuda": {name: loss for name, (package, loss) in _PEERS.items() if find_spec(package)}
+}

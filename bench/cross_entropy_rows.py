@@ -16,7 +16,7 @@ import lossops
 from lossops.functional import cross_entropy_with_metrics, log_prob
 
 OURS: Loss = lossops.cross_entropy
-PEERS: dict[str, Loss] = {}  # each of them has some of these options, and none all
+PEERS: dict[str, dict[str, Loss]] = {}  # each of them has some of these options, and none all
 
 
 def EAGER(  # noqa: N802 (a name of every file here)

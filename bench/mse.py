@@ -11,7 +11,7 @@ import lossops
 
 OURS: Loss = lossops.mse_loss
 EAGER: Loss = F.mse_loss
-PEERS: dict[str, Loss] = {}  # none that fuses this loss is known
+PEERS: dict[str, dict[str, Loss]] = {}  # none that fuses this loss is known
 
 
 def _masked_eager(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -7,9 +7,9 @@
 
 The implementations take turns in every round, so that whatever else the machine does meets them
 all; a figure is the median over the rounds. Each row is printed as it is measured, and the table and
-the data are written anew with it, so that a run that is cut short leaves what it had. Every other
-file beside this one that does not begin with an underscore is a loss: OURS, EAGER, PEERS, and the
-cases in CASES and QUICK, CUDA_CASES and CUDA_QUICK.
+the data are written anew with it, so that a run that is cut short leaves what it had. Every file
+beside this one that defines CASES is a loss: OURS, EAGER, PEERS by device, and the cases in CASES and
+QUICK, CUDA_CASES and CUDA_QUICK.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import math
 import os
 import platform
 import re
@@ -29,10 +30,22 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _measure import Case, Cpu, Cuda, Loss, check_agreement, dtype_name, make_step
+from _measure import (
+    Case,
+    Cpu,
+    Cuda,
+    Loss,
+    Step,
+    check_agreement,
+    clear,
+    dtype_name,
+    make_step,
+    with_own_leaves,
+)
 from _report import (
     COMPILE,
     EAGER,
+    FLOOR,
     OURS,
     Row,
     as_markdown,
@@ -58,7 +71,14 @@ except ImportError:  # the rows as they come show the progress too
 
     say = print
 
-LOSSES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "run")
+
+def losses_of(folder: Path) -> list[str]:
+    """By the files' text: importing one takes time, and may do what a script does."""
+    cases = re.compile(r"^CASES\b.*=", re.MULTILINE)
+    return sorted(path.stem for path in folder.glob("*.py") if cases.search(path.read_text("utf-8")))
+
+
+LOSSES = losses_of(Path(__file__).parent)
 # Short rows are measured in more rounds: one interruption by the system is as long as all of theirs.
 LEAST_SECONDS = 0.3
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -109,9 +129,18 @@ def choose_meter(arguments: argparse.Namespace) -> Cpu | Cuda:
             f"run.py: --device cuda needs a GPU, and torch {torch.__version__} sees none; use --device cpu."
         )
     for loss in arguments.loss:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lossops::{loss}_forward", "CUDA"):
+        kernels = getattr(importlib.import_module(loss), "KERNELS", loss)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lossops::{kernels}_forward", "CUDA"):
             sys.exit(f"run.py: this build of lossops has no CUDA kernels for {loss}; use --device cpu.")
     return Cuda()
+
+
+def targets(case: Case, backward: bool) -> dict[str, float]:
+    """What a row is to reach, by contender."""
+    chosen = {EAGER: case.target(backward)}
+    if backward:
+        chosen |= {**case.speedups, FLOOR: case.over_floor}
+    return {name: target for name, target in chosen.items() if target is not None}
 
 
 def compiled(eager: Loss) -> Loss:
@@ -122,54 +151,55 @@ def compiled(eager: Loss) -> Loss:
 
 
 def measure(
-    meter: Cpu | Cuda,
-    row: Row,
-    losses: dict[str, Loss],
-    shared: dict[str, Any],
-    rounds: int,
-    sharing: Sequence[str],
+    meter: Cpu | Cuda, row: Row, case: Case, losses: dict[str, Loss], shared: dict[str, Any], rounds: int
 ) -> None:
-    """Fills in the row's seconds and peaks, but for implementations that fail or compute something else.
-
-    `sharing`: who leaves the logits as they are; the others get copies.
-    """
-    steps: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
-    expected, expected_grad = None, None
+    """Fills in the row's seconds and peaks, but for implementations that fail or compute something else."""
+    # Who leaves the logits as they are; the others (of the peers, Liger) get copies.
+    sharing = (EAGER, COMPILE) if case.in_place else (OURS, EAGER, COMPILE)
+    steps: dict[str, tuple[Step, list[torch.Tensor]]] = {}
+    expected: list[torch.Tensor | None] = []
     for name, loss in losses.items():
-        # A leaf of its own, on the same memory: as in training, the gradient that a step gives back is
-        # the one that this implementation made in its last.
-        leaf = shared["input"].detach()
-        if name not in sharing:
-            leaf = leaf.clone()
-        arguments = {**shared, "input": leaf.requires_grad_(row.backward)}
-        x, step = arguments["input"], make_step(loss, arguments, row.backward)
+        # Leaves of its own, on the same memory: as in training, the gradients that a step gives back are
+        # those that this implementation made in its last.
+        arguments, leaves = with_own_leaves(shared, row.backward, name not in sharing)
+        step = make_step(loss, arguments, leaves, row.backward)
         try:
-            result = step()
-            if expected is None:
-                expected, expected_grad = result, x.grad
-            check_agreement(name, result, x.grad, expected, expected_grad)
+            results = [step(), *(leaf.grad for leaf in leaves)]
+            expected = expected or results
+            check_agreement(name, results, expected, case.tolerances.get(name))
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             say(f"{name} is left out of {row.loss} {row.case} {row.mode}: {reason[0]}", file=sys.stderr)
             if name == EAGER:
                 return  # there is nothing to check the others against
             continue
-        steps[name] = step, x
-    del result, expected, expected_grad
+        steps[name] = step, leaves
+    del results, expected
+    if case.floor is not None:
+        # No loss to be checked, no gradient, and memory that it has before it starts: it has no peak.
+        steps[FLOOR] = case.floor(**shared), []
 
-    iterations = meter.iterations(row.elements, min(meter.time(*steps[name], 1) for name in steps))
-    seconds: dict[str, list[float]] = {name: [] for name in sorted(steps, key=[OURS, *losses].index)}
+    # Where patience may be needed no step is short.
+    shortest = 1.0 if case.patience < math.inf else min(meter.time(*steps[name], 1) for name in steps)
+    iterations = meter.iterations(row.elements, shortest)
+    seconds: dict[str, list[float]] = {name: [] for name in sorted(steps, key=[OURS, *losses, FLOOR].index)}
     start = time.perf_counter()
-    while len(seconds[EAGER]) < rounds or time.perf_counter() - start < LEAST_SECONDS:
-        for name in seconds:
-            seconds[name].append(meter.time(*steps[name], iterations))
+    done = 0
+    while done < rounds or time.perf_counter() - start < LEAST_SECONDS:
+        for name, timings in seconds.items():
+            if iterations * sum(timings) < case.patience:
+                timings.append(meter.time(*steps[name], iterations))
+        done += 1
     row.seconds = seconds
-    for _, x in steps.values():
-        x.grad = None
-    for name in row.seconds:
-        step, x = steps[name]
-        row.peak_bytes[name] = meter.peak(step, x, row.input_bytes if row.backward else 0)
-        x.grad = None
+    row.rounds = done
+    for _, leaves in steps.values():
+        clear(leaves)
+    for name in seconds:
+        step, leaves = steps[name]
+        if name != FLOOR:
+            kept = sum(leaf.nbytes for leaf in leaves) if row.backward else 0
+            row.peak_bytes[name] = meter.peak(step, leaves, kept)
+            clear(leaves)
 
 
 def driver_version() -> str:
@@ -244,15 +274,17 @@ def main(argv: list[str] | None = None) -> None:
         for k, (loss, module, case) in enumerate(tqdm(selected, unit="case", disable=None)):
             shared = case.arguments(meter.device)
             # A quick run times forward only for its first case: compiling takes most of its minute.
-            for backward in (True, False) if k == 0 or not arguments.quick else (True,):
+            for backward in (True, False) if case.forward and (k == 0 or not arguments.quick) else (True,):
                 row = Row(
                     loss=loss,
                     case=case.name,
                     backward=backward,
                     elements=case.elements,
-                    input_bytes=shared["input"].nbytes,
+                    input_bytes=case.elements * case.dtype.itemsize,
                     bytes_moved=case.bytes_moved(backward),
-                    target=case.target(backward) if aimed else None,
+                    flops=case.flops,
+                    targets=targets(case, backward) if aimed else {},
+                    memory=case.memory if aimed else None,
                     host_bound=meter.host_bound(case.elements),
                 )
                 # Eager first: the others are checked against it.
@@ -261,17 +293,15 @@ def main(argv: list[str] | None = None) -> None:
                 if time.perf_counter() - start < arguments.compile_seconds:
                     torch._dynamo.reset()
                     losses[COMPILE] = compiled(eager)
-                if arguments.device == "cuda" and case.plain:
-                    losses |= module.PEERS
-                # Of the peers, Liger writes over the logits.
-                sharing = (EAGER, COMPILE) if case.in_place else (OURS, EAGER, COMPILE)
-                measure(meter, row, losses, shared, arguments.rounds, sharing)
+                if case.plain:
+                    losses |= module.PEERS.get(arguments.device, {})
+                measure(meter, row, case, losses, shared, arguments.rounds)
                 rows.append(row)
                 say(summary(row, copy_rate))
                 sys.stdout.flush()
                 write_json(paths["data"], machine, rows)
                 markdown = as_markdown(table(rows, copy_rate))
-                paths["table"].write_text(f"{markdown}\n\n{notes(machine)}\n")
+                paths["table"].write_text(f"{markdown}\n\n{notes(machine, rows)}\n")
     finally:
         if rows:
             finish(rows, machine, copy_rate, paths, where)
@@ -284,7 +314,7 @@ def finish(
 ) -> None:
     """The table at last, and the figures."""
     print("\n" + as_text(table(rows, copy_rate)))
-    print("\n" + notes(machine))
+    print("\n" + notes(machine, rows))
     failed = sum(bool(row.misses()) for row in rows)
     print(f"\n{len(rows) - failed} of {len(rows)} rows pass.")
     if rows := [row for row in rows if row.seconds]:

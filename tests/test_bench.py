@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 BENCH = Path(__file__).parent.parent / "bench"
-LOSSES = ["cross_entropy", "cross_entropy_rows", "mse"]
+LOSSES = ["cross_entropy", "cross_entropy_rows", "linear_cross_entropy", "mse"]
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def make_row(bench):
             "elements": 2**24,
             "input_bytes": 2**26,
             "bytes_moved": 10**9,
-            "target": 4.0,
+            "targets": {"eager": 4.0},
             "seconds": {"ours": [0.1, 9.0, 0.05], "eager": [0.5, 0.4, 0.7], "compile": [0.2, 0.2, 0.2]},
             "peak_bytes": {"ours": 0, "eager": 67_100_000, "compile": None},
         }
@@ -134,6 +135,35 @@ def test_the_family_is_compared_with_what_computes_the_same(bench):
         torch.testing.assert_close(ours(**arguments).float(), expected.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_products_of_a_linear_head(bench):
+    module = bench("linear_cross_entropy")
+    case = find(module, "float32 4096x512x32000")
+    assert case.flops == 3 * 2 * 4096 * 512 * 32000 and case.elements == 4096 * 32000
+    assert case.bytes_moved(backward=True) == 0
+    assert (case.target(True), case.speedups, case.over_floor) == (1.4, {"torch chunked": 2}, 1.15)
+    assert find(module, "bfloat16 4096x512x32000").over_floor == 1.3
+    large = find(module, "bfloat16 8192x256x128256")
+    assert large.memory <= 0.1 * 8192 * 128256 * 2
+    arguments = module._case(8, 4, 100).arguments(torch.device("cpu"))
+    x, weight = arguments["input"].detach(), arguments["linear_weight"].detach()
+    multiply = case.floor(**arguments)
+    results = multiply()
+    z = x @ weight.t()
+    torch.testing.assert_close(results, (z, z @ weight, z.t() @ x))
+    assert [y.data_ptr() for y in multiply()] == [y.data_ptr() for y in results]
+
+
+def test_torchs_own_chunks(bench):
+    module = bench("linear_cross_entropy")
+    chunked = module.PEERS["cpu"]["torch chunked"]
+    arguments = module._case(64, 16, 100).arguments(torch.device("cpu"))
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        torch.testing.assert_close(chunked(**arguments), module.EAGER(**arguments))
+    arguments = module._case(2, 1, 300).arguments(torch.device("cpu"))
+    with pytest.raises((RuntimeError, AttributeError), match=r"takes minutes|LinearCrossEntropyOptions"):
+        chunked(**arguments)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cases_are_what_they_say(bench, loss):
     module = bench(loss)
@@ -142,7 +172,11 @@ def test_cases_are_what_they_say(bench, loss):
     for case in module.QUICK:
         arguments = case.arguments(torch.device("cpu"))
         assert arguments["input"].dtype == case.dtype
-        assert arguments["input"].numel() == case.elements
+        if loss == "linear_cross_entropy":
+            assert len(arguments["input"]) * len(arguments["linear_weight"]) == case.elements
+            assert arguments["linear_weight"].requires_grad
+        else:
+            assert arguments["input"].numel() == case.elements
         assert arguments["input"].requires_grad and not arguments["target"].requires_grad
     for cases in (module.CASES, module.QUICK, module.CUDA_CASES, module.CUDA_QUICK):
         assert len({case.name for case in cases}) == len(cases)
@@ -155,7 +189,7 @@ def test_cases_of_a_gpu(bench):
     for case in cases:
         # Nothing in between: device time of a few microseconds is launches and says little.
         assert case.elements <= measure.Cuda.HOST_BOUND_UP_TO or case.elements >= 2**21
-        assert case.bytes_moved(backward=True) < 2**34  # a tenth of a second at worst
+        assert case.bytes_moved(backward=True) < 2**34 and case.flops < 2**45  # a tenth of a second at worst
         assert case.target(True) is None and case.target(False) is None  # they are for 2 CPU threads
     largest = find(bench("cross_entropy"), "bfloat16 8192x128256", "CUDA_CASES")
     assert largest.plain  # peers take it
@@ -171,18 +205,30 @@ def test_cases_of_a_gpu(bench):
 def test_steps_agree(bench, loss):
     measure, module = bench("_measure"), bench(loss)
     arguments = module.QUICK[-1].arguments(torch.device("cpu"))
-    x = arguments["input"]
     results = []
     for function in (module.EAGER, module.OURS):
-        step = measure.make_step(function, arguments, backward=True)
+        own, leaves = measure.with_own_leaves(arguments, grad=True, copy=False)
+        assert [leaf.data_ptr() for leaf in leaves] == [
+            x.data_ptr() for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad
+        ]
+        step = measure.make_step(function, own, leaves, backward=True)
         step()
-        results.append((step(), x.grad))  # the second step's gradient is not added to the first's
-    measure.check_agreement("ours", *results[1], *results[0])
-    with pytest.raises(AssertionError, match="ours disagrees"):
-        measure.check_agreement("ours", results[1][0], results[1][1] * 1.1, *results[0])
-    x.grad = None
-    assert not measure.make_step(module.OURS, arguments, backward=False)().requires_grad
-    assert x.grad is None
+        results.append([step(), *(x.grad for x in leaves)])  # not added to the first step's
+    assert len(results[0]) == (3 if loss == "linear_cross_entropy" else 2)
+    assert arguments["input"].grad is None
+    expected, ours = results
+    measure.check_agreement("ours", ours, expected)
+    for k in range(len(ours)):
+        wrong = [x * 1.1 if k == j else x for j, x in enumerate(ours)]
+        with pytest.raises(AssertionError, match="ours disagrees"):
+            measure.check_agreement("ours", wrong, expected)
+    measure.check_agreement("ours", [*ours[:-1], ours[-1] * 1.1], expected, tolerance=0.15)
+    with pytest.raises(AssertionError, match="gradients to different tensors"):
+        measure.check_agreement("ours", [*ours[:-1], None], expected)
+    own, leaves = measure.with_own_leaves(arguments, grad=False, copy=True)
+    assert own["input"].data_ptr() != arguments["input"].data_ptr()
+    assert not measure.make_step(module.OURS, own, leaves, backward=False)().requires_grad
+    assert all(x.grad is None for x in leaves)
 
 
 def test_medians_and_ratios(make_row):
@@ -197,26 +243,77 @@ def test_medians_and_ratios(make_row):
 def test_verdicts(make_row):
     seconds = {"ours": [1.0], "eager": [3.0], "compile": [0.9]}
     assert make_row().verdict() == "pass"
-    assert make_row(seconds=seconds).verdict() == "FAIL: below target, slower than compile"
-    assert make_row(seconds=seconds, target=None).misses() == ["slower than compile"]
-    assert make_row(seconds=seconds, elements=100_000).misses() == ["below target"]
-    assert make_row(seconds=seconds).misses("eager") == ["below target"]
+    assert make_row(seconds=seconds).verdict() == "FAIL: eager/ours below 4, slower than compile"
+    assert make_row(seconds=seconds, targets={}).misses() == ["slower than compile"]
+    assert make_row(seconds=seconds, elements=100_000).misses() == ["eager/ours below 4"]
+    assert make_row(seconds=seconds).misses("eager") == ["eager/ours below 4"]
     del seconds["compile"]
-    assert make_row(seconds=seconds, target=3.0).verdict() == "pass"
+    assert make_row(seconds=seconds, targets={"eager": 3.0}).verdict() == "pass"
     del seconds["ours"]
     assert make_row(seconds=seconds).verdict() == make_row(seconds={}).verdict() == "FAIL: no result"
+
+
+def test_targets_over_a_floor_and_of_memory(bench, make_row):
+    targets = {"eager": 1.4, "torch chunked": 2, "bare products": 1.15}
+    seconds = {"ours": [1.1], "eager": [1.6], "bare products": [1.0], "torch chunked": [2.3]}
+    peaks = {"ours": 70 * 10**6}
+
+    def row(**changes):
+        changes = {
+            "seconds": seconds,
+            "peak_bytes": peaks,
+            "targets": targets,
+            "memory": 72 * 10**6,
+            **changes,
+        }
+        return make_row(flops=2 * 10**9, bytes_moved=0, **changes)
+
+    assert row().verdict() == "pass"
+    assert row().ratio("bare products") == pytest.approx(1.1)
+    assert row().speedup("bare products") == pytest.approx(1 / 1.1)
+    slow = row(seconds={**seconds, "bare products": [0.9], "torch chunked": [2.1]})
+    assert slow.verdict() == "FAIL: torch chunked/ours below 2, ours/bare products above 1.15"
+    assert slow.misses("bare products") == ["ours/bare products above 1.15"]
+    assert row(memory=69 * 10**6).verdict() == "FAIL: above 69 MB"
+    rest = {name: times for name, times in seconds.items() if name != "torch chunked"}
+    assert row(seconds=rest).verdict() == "pass, but no torch chunked"
+    assert bench("_report").implementations([row()]) == ["ours", "eager", "torch chunked", "bare products"]
+
+
+def test_table_of_products(bench, make_row):
+    report = bench("_report")
+    seconds = {"ours": [0.5] * 5, "eager": [1.0] * 5, "torch chunked": [3.0, 4.0], "bare products": [0.4] * 5}
+    row = make_row(
+        seconds=seconds,
+        rounds=5,
+        flops=10**11,
+        bytes_moved=0,
+        targets={"eager": 1.4, "bare products": 1.3},
+        memory=10**8,
+    )
+    lines = report.table([row, make_row()], copy_rate=2e10)
+    header, products, plain = (dict(zip(lines[0], line, strict=True)) for line in lines)
+    assert list(header)[3:7] == ["eager/ours", "compile/ours", "torch chunked/ours", "ours/bare products"]
+    assert (products["torch chunked/ours"], products["ours/bare products"]) == ("7.00", "1.25")
+    assert (products["ours ms"], products["torch chunked ms"]) == ("500.00", "3500.00 (2)")
+    assert (products["GB/s"], products["% of copy"], products["GFLOP/s"]) == ("-", "-", "200")
+    assert (plain["GB/s"], plain["GFLOP/s"]) == ("10.0", "-")
+    assert products["target"] == "eager 1.4, bare products 1.3, 100 MB"
+    assert "bare products MB" not in header and "GFLOP/s" not in report.table([make_row()], 2e10)[0]
+    assert "torch chunked 3500.0000 ms (2);" in report.summary(row, 2e10)
+    assert report.summary(row, 2e10).endswith("; ours/bare products 1.25; 200 GFLOP/s; pass")
 
 
 def test_table(bench, make_row):
     report = bench("_report")
     small = make_row(
-        case="float32 1024", target=None, input_bytes=4096, seconds={"ours": [2e-5], "eager": [1e-5]}
+        case="float32 1024", targets={}, input_bytes=4096, seconds={"ours": [2e-5], "eager": [1e-5]}
     )
     lines = report.table([make_row(), small], copy_rate=2e10)
     header, large, tiny = (dict(zip(lines[0], line, strict=True)) for line in lines)
     assert list(header)[3:8] == ["eager/ours", "compile/ours", "ours ms", "eager ms", "compile ms"]
     assert (large["eager/ours"], large["ours ms"], large["GB/s"]) == ("5.00", "100.00", "10.0")
-    assert (large["% of copy"], large["target"], large["verdict"]) == ("50", "4", "pass")
+    assert (large["% of copy"], large["target"], large["verdict"]) == ("50", "eager 4", "pass")
     assert (large["ours MB"], large["eager MB"], large["compile MB"]) == ("0.0", "67.1", "-")
     # A small case tells nothing about memory; its times need more digits; compile did not run.
     assert (tiny["eager MB"], tiny["ours ms"], tiny["compile ms"]) == ("-", "0.0200", "-")
@@ -227,8 +324,8 @@ def test_table(bench, make_row):
 
 def test_table_of_a_gpu(bench, make_row):
     report = bench("_report")
-    failed = make_row(seconds={"eager": [0.5], "Liger": [0.2]}, target=None)
-    launches = make_row(case="float32 1024", target=None, host_bound=True)
+    failed = make_row(seconds={"eager": [0.5], "Liger": [0.2]}, targets={})
+    launches = make_row(case="float32 1024", targets={}, host_bound=True)
     lines = report.table([failed, launches], copy_rate=3e12)
     header, broken, tiny = (dict(zip(lines[0], line, strict=True)) for line in lines)
     assert list(header)[3:6] == ["eager/ours", "compile/ours", "Liger/ours"]
@@ -255,19 +352,19 @@ def test_device_time(gpu):
 
     meter, (short, long) = gpu.meter(), gpu.meter.SLEEP_CYCLES
     assert meter.iterations(2**22, 1e-9) == 1 and not meter.host_bound(2**22)
-    assert 0 < meter.time(step, x, 1) < 1
+    assert 0 < meter.time(step, [x], 1) < 1
     assert gpu.calls == [short, "record", "step", "record", "wait"]
     # The device woke before the host had queued the step: once more, with a longer sleep.
     gpu.calls.clear()
     gpu.awake = True
-    meter.time(step, x, 1)
+    meter.time(step, [x], 1)
     assert gpu.calls == [short, "record", "step", "record", long, "record", "step", "record", "wait"]
     # Launches are timed by the wall, many in a row.
     gpu.calls.clear()
     steps = meter.iterations(32 * 10, 1e-6)
-    meter.time(step, x, steps)
+    meter.time(step, [x], steps)
     assert meter.host_bound(32 * 10) and gpu.calls == ["wait", *["step"] * steps, "wait"]
-    assert meter.peak(step, x, 0) == 10**6 and meter.peak(step, x, 2 * 10**6) == 0
+    assert meter.peak(step, [x], 0) == 10**6 and meter.peak(step, [x], 2 * 10**6) == 0
 
 
 def test_a_run_on_a_gpu_writes_beside_the_cpus(bench, gpu, tmp_path, capsys):
@@ -283,7 +380,7 @@ def test_a_run_on_a_gpu_writes_beside_the_cpus(bench, gpu, tmp_path, capsys):
     ]
     results = json.loads((tmp_path / "results-cuda-NVIDIA-H100-80GB-HBM3.json").read_text())
     assert results["machine"]["gpu"] == "NVIDIA H100 80GB HBM3" and results["machine"]["driver"]
-    assert [(row["host_bound"], row["target"]) for row in results["rows"]] == [(True, None)] * 2
+    assert [(row["host_bound"], row["targets"]) for row in results["rows"]] == [(True, {})] * 2
     printed = capsys.readouterr().out
     assert printed.startswith("NVIDIA H100 80GB HBM3; torch")
     assert "\ncross_entropy float32 32x10, wall time fwd+bwd: ours " in printed
@@ -308,7 +405,8 @@ def test_what_fails_is_left_out(bench, gpu, tmp_path, capsys, monkeypatch):
     # What was measured before an interruption is there.
     monkeypatch.setattr(module, "OURS", module.EAGER)
     monkeypatch.setattr(module, "CUDA_CASES", module.CUDA_QUICK[-1:])
-    monkeypatch.setattr(bench("cross_entropy_rows"), "CUDA_CASES", [])
+    for loss in ("cross_entropy_rows", "linear_cross_entropy"):
+        monkeypatch.setattr(bench(loss), "CUDA_CASES", [])
     monkeypatch.setattr(bench("mse"), "CUDA_CASES", bench("mse").CUDA_QUICK[-1:])
     monkeypatch.setattr(bench("mse"), "OURS", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -340,11 +438,11 @@ def test_peak_sees_a_temporary(bench):
         return x.detach().add_(1)
 
     meter = measure.Cpu()
-    peak = meter.peak(one_temporary, x, 0)
+    peak = meter.peak(one_temporary, [x], 0)
     if peak is None:
         pytest.skip("no /proc/self/clear_refs here")
     assert abs(peak - x.nbytes) < 2**21
-    assert meter.peak(in_place, x, 0) < 2**21
+    assert meter.peak(in_place, [x], 0) < 2**21
 
 
 def test_a_run_writes_its_results(tmp_path):
@@ -368,6 +466,37 @@ def test_a_run_writes_its_results(tmp_path):
     assert markdown.startswith("| loss | case | pass | eager/ours |")
     assert "| cross_entropy | float32 32x10 | fwd+bwd |" in markdown
     assert str(tmp_path) in done.stdout
+
+
+def test_a_row_with_a_floor_and_a_slow_peer(bench, tmp_path, monkeypatch):
+    run, module, report = bench("run"), bench("linear_cross_entropy"), bench("_report")
+    case = replace(module._case(64, 16, 500, speedup=1e-9, over_products=1e9), patience=0.02)
+
+    def slow(**arguments):
+        time.sleep(0.03)
+        return module.EAGER(**arguments)
+
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(run, "plot_speed", lambda *_: None)
+    monkeypatch.setattr(run, "plot_memory", lambda *_: None)
+    monkeypatch.setattr(module, "CASES", [case])
+    monkeypatch.setattr(module, "PEERS", {"cpu": {"slow": slow}})
+    monkeypatch.setattr(bench("_measure"), "COPY_BYTES", 2**20)
+    options = ["--loss", "linear_cross_entropy", "--no-compile", "--rounds", "3", "--out", str(tmp_path)]
+    run.main(options)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]  # forward alone is not timed
+    assert row["mode"] == "fwd+bwd" and row["flops"] == case.flops and row["gflop_s"] > 0
+    assert row["gb_s"] is None and row["verdict"] == "pass"
+    assert list(row["ms"]) == ["ours", "eager", "slow", report.FLOOR]
+    assert len(row["rounds_ms"]["slow"]) == 1  # it had used up its time
+    assert row["ratio"][report.FLOOR] == pytest.approx(row["ms"]["ours"] / row["ms"][report.FLOOR])
+    assert set(row["peak_bytes"]) == {"ours", "eager", "slow"}
+
+
+def test_what_is_a_loss(bench, tmp_path):
+    (tmp_path / "loss.py").write_text("import nothing\n\nCASES: list = []\n")
+    (tmp_path / "script.py").write_text("from mse import CASES\n\nprint(CASES)\n")
+    assert bench("run").losses_of(tmp_path) == ["loss"]
 
 
 def test_choosing_cases(bench):
