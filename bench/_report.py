@@ -382,7 +382,7 @@ def plot_memory(path: Path, rows: Sequence[Row], where: str) -> None:
     def label(row: Row, name: str) -> dict[str, Any]:
         text = f"{_cell(_scaled(row.peak(name), 1e-6), 1)} MB"
         if name == OURS and row.memory is not None:
-            text += f" (target {_cell(row.memory * 1e-6, 0)})"
+            text += f" (at most {_cell(row.memory * 1e-6, 0)})"
             if row.misses(MEMORY):
                 return {"text": text, "color": "#cc0000", "weight": "bold"}
         # In the bar's colour: what takes nothing has no bar to see.
@@ -391,8 +391,8 @@ def plot_memory(path: Path, rows: Sequence[Row], where: str) -> None:
     figure, (axes,) = _figure(groups, 1, f"Extra memory of forward + backward\n{where}")
     if chosen:
         _bars(axes, chosen, groups, multiple, label, colours)
-        logits = "; a linear head: of the logits" if any(row.flops for row in chosen) else ""
-        axes.set_xlabel(f"peak beyond inputs and gradients / size of the input{logits}")
+        logits = " (linear: of the logits)" if any(row.flops for row in chosen) else ""
+        axes.set_xlabel(f"peak beyond inputs and gradients / size of the input{logits}", fontsize=9)
         axes.set_xlim(left=0)
         figure.legend(loc="outside lower center", ncols=6, frameon=False)
     else:
