@@ -473,7 +473,7 @@ def test_peak_memory(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meter = importlib.import_module("_measure").Cpu()
     step()  # imports what it needs
     logits = 4 * rows * classes  # 134 MB; a chunk is 4 MB
-    assert meter.peak(step, x, kept=0) < logits / 2
+    assert meter.peak(step, [x], kept=0) < logits / 2
 
 
 # --------------------------------------------------------------------------------------------------
