@@ -28,14 +28,9 @@ from ._explain import note
 from ._family import Family, row_losses, upstream, weighted_losses, without_unused
 from ._rows import row_functions, transform_reference
 
-_SIXTEEN = (torch.float16, torch.bfloat16)
-
-# Whether this processor has products of 16-bit types. Asked once, and not where torch.compile would have to
-# trace the question, which it refuses to.
-_CPU_PRODUCTS = {
-    torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", bool)(),
-    torch.bfloat16: getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(),
-}
+# Whether this processor multiplies bfloat16. Asked once, and not where torch.compile would have to trace the
+# question, which it refuses to.
+_CPU_HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 # A chunk's logits: 64 MiB in float32. Enough rows to keep the products near their full speed, in which each
 # chunk reads and writes the weight's gradient once more, and little beside the weight of such a head.
@@ -148,11 +143,17 @@ def default_chunk(rows: int, logits_a_row: int) -> int:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What the products run in: float32 for 16-bit inputs where the processor has no products of that kind,
-    which torch then emulates at a fifth to a hundredth of float32's speed."""
-    if x.dtype not in _SIXTEEN or x.device.type != "cpu":
-        return x.dtype
-    return x.dtype if _CPU_PRODUCTS[x.dtype] else torch.float32
+    """What the products run in.
+
+    float32 for float16, whose range a sum over a chunk's rows may leave before it is divided by their number,
+    and in which what is still to be multiplied by a loss scale may be lost; and for bfloat16 on a processor
+    that has no products of it, which torch then emulates at a fifth of float32's speed.
+    """
+    if x.dtype == torch.float16:
+        return torch.float32
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _CPU_HAS_BFLOAT16:
+        return torch.float32
+    return x.dtype
 
 
 class _Layer:
@@ -351,7 +352,7 @@ class _Gradients:
         self.added = None if head.lora_b is None else _Layer(head.lora_b.to(dtype), dtype)
         # Where a chunk's product is rounded to 16 bits, an error is as large as the product's largest terms
         # make it: those of the rows' own classes are added apart, unrounded.
-        self.apart = dtype in _SIXTEEN and head.index_target and head.target.dim() == 1
+        self.apart = dtype == torch.bfloat16 and head.index_target and head.target.dim() == 1
         self.sums: dict[str, Tensor] = {}
         for name, like, dtype in zip(_GRADIENTS, head.differentiable, head.sum_dtypes, strict=True):
             if self.needs[name]:

@@ -651,21 +651,20 @@ class RowsBackwardBackward(Function):
             v, tau, g, z, t = given.get("v"), given.get("tau"), given["g"], given["z"], given["t"]
             s_primal = given.get("s", torch.full((), scale, dtype=dtype, device=z.device))
 
-            def directional(z, s, t):
+            def directional(g, z, s, t):
                 def planes(z, s):
                     w = given.get("w")
                     return rows_reference(z, t, w, s, softcap, ignore_index, label_smoothing, entropy)
 
-                directions = (
-                    torch.zeros_like(z) if v is None else v.to(z.dtype),
-                    torch.zeros_like(s) if tau is None else tau,
-                )
-                # Copies: torch will not make a dual of an expanded tensor.
-                along = torch.func.jvp(planes, (z.clone(), s.clone()), directions)[1]
-                return (along * g).sum(), along
+                # By the pullback: torch.func.jvp does not nest in torch.autograd.forward_ad.
+                to_z, to_s = torch.func.vjp(planes, z.to(dtype), s)[1](g)
+                total = to_z.new_zeros(())
+                if v is not None:
+                    total = total + (v.to(dtype) * to_z).sum()
+                return total if tau is None else total + tau * to_s
 
-            argnums = (0, 1, 2) if probabilities else (0, 1)
-            grads, along = torch.func.grad(directional, argnums, has_aux=True)(z, s_primal, t)
+            argnums = (0, 1, 2, 3) if probabilities else (0, 1, 2)
+            along, *grads = torch.func.grad(directional, argnums)(g, z, s_primal, t)
             results = along, grads[0], grads[2] if probabilities else None, grads[1]
             return tuple(results[k] for k in kept)
 

@@ -8,7 +8,7 @@ leaves of every row, as for :func:`cross_entropy`.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -338,8 +338,8 @@ def _run(
 def _note_chunks(head: Head) -> None:
     chunks = -(-head.x.shape[0] // head.chunk)
     dtype = product_dtype(head.x)
-    by = "" if dtype == head.x.dtype else ", which this processor lacks for " + str(head.x.dtype)
-    note(f"linear head: {chunks} chunks of at most {head.chunk} rows, products in {dtype}{by}")
+    of = "" if dtype == head.x.dtype else f" of {head.x.dtype}"
+    note(f"linear head: {chunks} chunks of at most {head.chunk} rows, products{of} in {dtype}")
 
 
 def _metrics(
@@ -566,6 +566,20 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         weight: a weight for each class, shape ``(C)``.
     """
 
+    _DEFAULTS: ClassVar[dict[str, Any]] = {
+        "reduction": "mean",
+        "ignore_index": None,
+        "label_smoothing": 0.0,
+        "logit_scale": 1.0,
+        "softcap": None,
+        "z_loss": 0.0,
+        "empty": "nan",
+        "out_dtype": None,
+        "chunk_size": None,
+        "shift": False,
+        "gradient_filter": None,
+    }
+
     def __init__(
         self,
         in_features: int,
@@ -613,6 +627,14 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         self.chunk_size = chunk_size
         self.shift = shift
         self.gradient_filter = gradient_filter
+
+    def extra_repr(self) -> str:
+        given = {name: getattr(self, name) for name in self._DEFAULTS}
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in given.items()
+            if isinstance(value, Tensor) or value != self._DEFAULTS[name]
+        )
 
     def forward(
         self,
