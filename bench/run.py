@@ -9,7 +9,7 @@ The implementations take turns in every round, so that whatever else the machine
 all; a figure is the median over the rounds. Each row is printed as it is measured, and the table and
 the data are written anew with it, so that a run that is cut short leaves what it had. Every file
 beside this one that defines CASES is a loss: OURS, EAGER, PEERS by device, and the cases in CASES and
-QUICK, CUDA_CASES and CUDA_QUICK.
+QUICK, CUDA_CASES and CUDA_QUICK. (Several processes: vocab_parallel.py.)
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ without asking anyone: the convention of Megatron-LM (https://arxiv.org/abs/1909
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -65,44 +66,49 @@ def _base(largest: Tensor) -> Tensor:
     return largest.masked_fill(largest == -torch.inf, 0)
 
 
-def combine(shards: Tensor) -> Tensor:
+def combine(shards: Tensor, sent: Sequence[int]) -> Tensor:
     """The planes of all classes, from those of each shard: ``(ranks, planes, ...)`` to ``(planes, ...)``.
 
-    The first four planes, or six, or all; where a row's class lies elsewhere, PICKED is -inf.
+    `sent` says which planes these are. Where a row's class lies elsewhere, a shard's PICKED is -inf.
     """
-    each = shards.unbind(1)
+    each = dict(zip(sent, shards.unbind(1), strict=True))
     largest = each[MAX].amax(0)
     shift = _base(each[MAX]) - _base(largest)
     exponent = each[LOG_SUM] + shift
     log_sum = exponent.exp().sum(0).log()
-    moved = (each[TARGET_SUM] * shift).masked_fill(each[TARGET_SUM] == 0, 0)
-    planes = [largest, log_sum, each[TARGET_SUM].sum(0), (each[DOT] + moved).sum(0)]
-    if len(each) > PICKED:
-        planes += [(each[PICKED] + shift).amax(0), each[TARGET_WEIGHT].sum(0)]
-    if len(each) > ENTROPY:
+    whole = {MAX: largest, LOG_SUM: log_sum}
+    if DOT in each:
+        moved = (each[TARGET_SUM] * shift).masked_fill(each[TARGET_SUM] == 0, 0)
+        whole[TARGET_SUM] = each[TARGET_SUM].sum(0)
+        whole[DOT] = (each[DOT] + moved).sum(0)
+    if PICKED in each:
+        whole[PICKED] = (each[PICKED] + shift).amax(0)
+    if TARGET_WEIGHT in each:
+        whole[TARGET_WEIGHT] = each[TARGET_WEIGHT].sum(0)
+    if ENTROPY in each:
         log_p = exponent - log_sum
         p = log_p.exp()
-        planes.append((p * (each[ENTROPY] - log_p)).masked_fill(p == 0, 0).sum(0))
-    return torch.stack(planes)
+        whole[ENTROPY] = (p * (each[ENTROPY] - log_p)).masked_fill(p == 0, 0).sum(0)
+    return torch.stack([whole[k] for k in sent])
 
 
-def local_gradients(grad: Tensor, planes: Tensor, local: Tensor) -> Tensor:
+def local_gradients(grad: Tensor, planes: Tensor, local: Tensor, sent: Sequence[int]) -> Tensor:
     """The gradients of a shard's planes, from those of `planes`, which it is part of."""
+    grads, whole, mine = (dict(zip(sent, x.unbind(0), strict=True)) for x in (grad, planes, local))
     # A row without a gradient gets none, whatever its logits are.
-    unused = (grad == 0).all(0) & ~planes[LOG_SUM].isfinite()
-    shift = (_base(local[MAX]) - _base(planes[MAX])).masked_fill(unused, 0)
-    log_p = (local[LOG_SUM] + shift - planes[LOG_SUM]).masked_fill(unused, -torch.inf)
+    unused = (grad == 0).all(0) & ~whole[LOG_SUM].isfinite()
+    shift = (_base(mine[MAX]) - _base(whole[MAX])).masked_fill(unused, 0)
+    log_p = (mine[LOG_SUM] + shift - whole[LOG_SUM]).masked_fill(unused, -torch.inf)
     p = log_p.exp()
-    grads = list(grad.unbind(0))
     grads[MAX] = torch.zeros_like(p)
-    grads[TARGET_SUM] = grads[TARGET_SUM] + grads[DOT] * shift
     grads[LOG_SUM] = grads[LOG_SUM] * p
-    if len(grads) > ENTROPY:
-        absent = p == 0
-        distance = (local[ENTROPY] - log_p - planes[ENTROPY]).masked_fill(absent, 0)
+    if DOT in grads:
+        grads[TARGET_SUM] = grads[TARGET_SUM] + grads[DOT] * shift
+    if ENTROPY in grads:
+        distance = (mine[ENTROPY] - log_p - whole[ENTROPY]).masked_fill(p == 0, 0)
         grads[LOG_SUM] = grads[LOG_SUM] + grads[ENTROPY] * p * distance
         grads[ENTROPY] = grads[ENTROPY] * p
-    return torch.stack(grads)
+    return torch.stack([grads[k] for k in sent])
 
 
 class Exchange(Function):
@@ -112,13 +118,13 @@ class Exchange(Function):
     """
 
     @staticmethod
-    def forward(ctx, local, candidates, shard, numbers):
-        ctx.group = shard.group
+    def forward(ctx, local, candidates, shard, sent, numbers):
+        ctx.group, ctx.sent = shard.group, sent
         header = torch.cat([local.new_full((1,), number) for number in (shard.digest, *numbers)])
         parts = header, local.flatten(), candidates.flatten()
         gathered = all_gather(torch.cat(parts), shard.group, shard.size)
         headers, planes, candidates_of_all = gathered.split([part.numel() for part in parts], 1)
-        planes = combine(planes.reshape(shard.size, *local.shape))
+        planes = combine(planes.reshape(shard.size, *local.shape), sent)
         alike = (headers == header).all()
         if torch.compiler.is_compiling() or local.device.type != "cpu":
             planes = planes.where(alike, torch.nan)  # asking would break the graph, or wait for the device
@@ -135,7 +141,7 @@ class Exchange(Function):
         if differentiates_backward():
             # What comes back along them is this rank's part, and there is one collective for both.
             grad, planes = Replicated.apply(torch.stack([grad, planes]), ctx.group)
-        return local_gradients(grad, planes, local), None, None, None
+        return local_gradients(grad, planes, local, ctx.sent), *(None,) * 4
 
 
 _NUMBERS = ("configuration", "rows", "ignore_index", "label_smoothing", "logit_scale", "softcap", "z_loss")
@@ -206,10 +212,22 @@ def local_target(shard: Shard, target: Tensor, ignore_index: int, label_smoothin
     return LocalTarget(index, _IGNORED, 1.0 if label_smoothing else 0.0, owned, counted)
 
 
-def local_planes(
-    shard: Shard, rows: Tensor, local: LocalTarget, label_smoothing: float, count: int
-) -> Tensor:
-    """The op's planes with the meaning that `combine` gives them, the first `count`."""
+def planes_to_send(local: LocalTarget, label_smoothing: float, weighted: bool, metrics: bool) -> list[int]:
+    """The planes that the loss is made of, or all that the metrics are."""
+    index_target = local.owned is not None
+    soft = label_smoothing != 0 or not index_target
+    sent = [MAX, LOG_SUM]
+    if soft:
+        sent += [TARGET_SUM, DOT]
+    if index_target and (metrics or not soft):
+        sent.append(PICKED)  # of which, where the target is hard, the two above are made
+    if index_target and weighted:
+        sent.append(TARGET_WEIGHT)
+    return [*sent, ENTROPY] if metrics else sent
+
+
+def local_planes(shard: Shard, rows: Tensor, local: LocalTarget, label_smoothing: float) -> list[Tensor]:
+    """The op's planes with the meaning that `combine` gives them."""
     largest, log_sum, target_sum, dot, picked, target_weight, *entropy = rows.unbind(0)
     if shard.classes < min(shard.total, 1):  # none here, of some
         largest = log_sum = torch.full_like(largest, -torch.inf)
@@ -217,15 +235,12 @@ def local_planes(
         target_sum, dot = target_sum * local.scale, dot * local.scale
     else:
         target_weight = target_weight.masked_fill(~local.owned, 0)
-        if label_smoothing:
-            spread = label_smoothing * shard.classes / max(shard.total, 1)
-            hard = (1 - label_smoothing) * target_weight
-            target_sum = spread * target_sum + hard
-            dot = spread * dot + (hard * picked).masked_fill(hard == 0, 0)
-        else:
-            target_sum, dot = target_weight, dot.masked_fill(~local.owned, 0)
+        hard = (1 - label_smoothing) * target_weight
+        spread = label_smoothing * shard.classes / max(shard.total, 1)
+        target_sum = spread * target_sum + hard
+        dot = spread * dot + (hard * picked).masked_fill(hard == 0, 0)
         picked = picked.masked_fill(~local.owned, -torch.inf)
-    return torch.stack([largest, log_sum, target_sum, dot, picked, target_weight, *entropy][:count])
+    return [largest, log_sum, target_sum, dot, picked, target_weight, *entropy]
 
 
 def global_planes(
@@ -239,25 +254,26 @@ def global_planes(
 ) -> tuple[Tensor, Tensor]:
     """(planes, best classes) of all classes, from this rank's planes as the op gives them.
 
-    `numbers` are the caller's, for `_NUMBERS` after the rows. Without class weights, candidates or entropy
-    four planes are sent, and PICKED is left at 0.
+    `numbers` are the caller's, for `_NUMBERS` after the rows. With label smoothing PICKED needs the entropy's
+    plane; it is 0 without.
     """
-    whole = rows.shape[0] > ENTROPY or candidates is not None
-    count = rows.shape[0] if whole else PICKED
-    if weighted and local.owned is not None:
-        count = max(count, ENTROPY)
-    mine = local_planes(shard, rows, local, label_smoothing, count)
+    sent = tuple(planes_to_send(local, label_smoothing, weighted, rows.shape[0] > ENTROPY))
+    mine = local_planes(shard, rows, local, label_smoothing)
     if candidates is None:
         candidates = rows.new_empty((0, 3, *rows.shape[1:]))
     numbers = rows[0].numel(), *numbers
-    planes, best = Exchange.apply(mine, candidates.detach(), shard, numbers)
-    nothing = torch.zeros_like(planes[0])
-    if local.counted is None:
-        first = [*planes[:PICKED].unbind(0), nothing, nothing + (shard.total > 0)]
-        return torch.stack([*first, *planes[ENTROPY:].unbind(0)]), best
-    if count == PICKED:
-        planes = torch.cat([planes, torch.stack([nothing, nothing + 1])])
-    return planes.masked_fill(~local.counted, 0), best
+    args = torch.stack([mine[k] for k in sent]), candidates.detach(), shard, sent, numbers
+    planes, best = Exchange.apply(*args)
+    whole = dict(zip(sent, planes.unbind(0), strict=True))
+    zeros = torch.zeros_like(whole[MAX])
+    ones = zeros + (shard.total > 0)
+    target_weight, picked = whole.get(TARGET_WEIGHT, ones), whole.get(PICKED, zeros)
+    if DOT not in whole:
+        whole[TARGET_SUM] = target_weight
+        whole[DOT] = (target_weight * picked).masked_fill(target_weight == 0, 0) if weighted else picked
+    first = [whole[MAX], whole[LOG_SUM], whole[TARGET_SUM], whole[DOT], picked, target_weight]
+    planes = torch.stack([*first, whole[ENTROPY]] if ENTROPY in whole else first)
+    return planes if local.counted is None else planes.masked_fill(~local.counted, 0), best
 
 
 def sharded_rows(
@@ -365,6 +381,7 @@ def _described(op: str, logits: Tensor, target: Tensor, given: Arguments, metric
         "accumulation": str(accumulation(logits, target, weight)),
         "loss": str(loss_dtype(logits, target, weight, given.out_dtype)),
         "reduction": given.reduction,
+        "label_smoothing": "given" if given.label_smoothing else "absent",  # other planes are sent
         "empty": family.empty,
         "logit_scale": "a tensor" if isinstance(family.logit_scale, Tensor) else "a number",
         "metrics": str(metrics),

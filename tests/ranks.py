@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -80,6 +81,7 @@ def _serve(rank: int, count: int, port: int, limit: float, pipe: Connection) -> 
             function, args = pipe.recv()
         except EOFError:  # the tests have ended
             os._exit(0)
+        torch.manual_seed(20240229)  # every rank draws the same numbers, whatever it has done before
         try:
             result = function(*args)
         except Exception as error:
@@ -107,6 +109,9 @@ class Collectives(TorchDispatchMode):
         self.seen: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and func.__name__ != "wait_tensor.default":
-            self.seen.append((func.__name__.partition(".")[0], args[0].nbytes))
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # first what it does to its parts
+        name = func.__name__.partition(".")[0]
+        if func.namespace == "_c10d_functional" and name.startswith(("all_", "reduce_", "broadcast")):
+            self.seen.append((name, args[0].nbytes))
         return func(*args, **(kwargs or {}))

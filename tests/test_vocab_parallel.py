@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -524,7 +525,7 @@ DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "rows": ({"logits": torch.randn(2, 2), "target": torch.tensor([0, 1])}, r"rows \(3,\) .* rows \(2,\)"),
     "dtype": ({"logits": torch.randn(3, 2).double()}, "torch.float32.* torch.float64"),
     "kind": ({"target": torch.rand(3, 2)}, "class indices .* probabilities"),
-    "smoothing": ({"label_smoothing": 0.1}, r"label_smoothing \[0.0, 0.1"),
+    "smoothing": ({"label_smoothing": 0.1}, "label_smoothing absent on rank 0 and label_smoothing given"),
     "z-loss": ({"z_loss": 0.5}, r"z_loss \[0.0, 0.5, 0.0, 0.0\]"),
     "softcap": ({"softcap": 5.0}, "softcap absent on rank 0 and softcap given on rank 1"),
     "ignore_index": ({"ignore_index": 1}, r"ignore_index \[-100.0, 1.0"),
@@ -585,32 +586,39 @@ def test_transforms_are_refused(ranks: Ranks) -> None:
     ranks(check_transforms)
 
 
-def agreed_calls_that_meet(compiled: bool) -> str:
-    """Two calls that every rank knows, of which rank 1 then makes the other one."""
+def agreed_calls_that_meet(compiled: bool) -> str | None:
+    """Two calls that both ranks know, of which rank 1 then makes the other one."""
+    if (group := member(2)) is None:
+        return None
     calls = [{"softcap": 5.0}, {"softcap": 3.0}, {"reduction": "sum"}, {"reduction": "mean"}]
+    calls = calls[:2] if compiled else calls
     function = vocab_parallel_cross_entropy
     if compiled:
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    logits, target = torch.randn(3, 2), torch.tensor([0, 1, 7])
+    logits, target = torch.randn(3, 2), torch.tensor([0, 1, 3])
     for options in calls:
-        assert function(logits, target, **options).isfinite()
+        assert function(logits, target, group=group, **options).isfinite()
     results = []
-    for here, there in (calls[:2], calls[2:]):
+    for here, there in zip(calls[::2], calls[1::2], strict=True):
         try:
-            results.append(str(function(logits, target, **(there if dist.get_rank() == 1 else here)).item()))
+            options = there if dist.get_rank() == 1 else here
+            results.append(str(function(logits, target, group=group, **options).item()))
         except RuntimeError as error:
             results.append(str(error))
     return " ".join(results)
 
 
 def test_known_calls_that_do_not_belong_together_give_no_number(ranks: Ranks) -> None:
-    for text in ranks(agreed_calls_that_meet, False):
-        assert re.search(r"got softcap \[5.0, 3.0, 5.0, 5.0\].*got configuration \[", text), text
-    assert ranks(agreed_calls_that_meet, True) == ["nan nan"] * 4
+    for text in ranks(agreed_calls_that_meet, False)[:2]:
+        assert re.search(r"got softcap \[5.0, 3.0\].*got configuration \[", text), text
+    assert ranks(agreed_calls_that_meet, True) == ["nan", "nan", None, None]
 
 
 def loss_while_rank_1(action: str) -> str:
+    hurry = timedelta(seconds=3)  # now that both are there
+    dist.distributed_c10d._set_pg_timeout(hurry)
+    _talks_of(dist.group.WORLD.group_name).store.set_timeout(hurry)
     logits, target = torch.randn(3, 2), torch.tensor([0, 1, 3])
     if action != "dies early":
         vocab_parallel_cross_entropy(logits, target)
@@ -633,8 +641,9 @@ def loss_while_rank_1(action: str) -> str:
     ],
 )
 def test_a_rank_that_does_not_come_is_an_error_in_time(action: str, message: str) -> None:
-    pair = Ranks(2, limit=3)
+    pair = Ranks(2, limit=30)
     try:
+        pair(dist.barrier)  # processes that start take their time
         start = time.monotonic()
         first, second = pair.outcomes(loss_while_rank_1, action)
         assert message in first and "no error" not in first, first
@@ -642,7 +651,7 @@ def test_a_rank_that_does_not_come_is_an_error_in_time(action: str, message: str
             assert "rank 1 has waited in vain for ranks [0] of the group" in second
         else:
             assert second == "exit code 7"
-        assert time.monotonic() - start < 60  # processes that start take most of it
+        assert time.monotonic() - start < 20
     finally:
         pair.close()
     assert not any(process.is_alive() for process in pair.processes)
@@ -680,12 +689,11 @@ def check_compile(
 @pytest.mark.parametrize(
     ("size", "backend", "dynamic", "options", "metrics"),
     [
-        (2, "inductor", None, {"label_smoothing": 0.1, "z_loss": 0.1}, False),
-        (4, "aot_eager", None, {}, False),
+        (2, "inductor", None, {"z_loss": 0.1}, False),
         (3, "aot_eager", True, {"weight": torch.rand(9), "logit_scale": torch.tensor(0.7)}, False),
         (2, "aot_eager", True, {"softcap": 5.0, "ignore_index": 3}, True),
     ],
-    ids=["inductor", "plain", "dynamic", "metrics"],
+    ids=["inductor", "dynamic", "metrics"],
 )
 def test_compile(
     ranks: Ranks, size: int, backend: str, dynamic: bool | None, options: dict[str, Any], metrics: bool
@@ -711,7 +719,7 @@ def messages(backward: bool, options: dict[str, Any]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(
     ("options", "planes"),
-    [({}, 4), ({"label_smoothing": 0.1, "z_loss": 0.1}, 4), ({"weight": torch.rand(8)}, 6)],
+    [({}, 3), ({"label_smoothing": 0.1, "z_loss": 0.1}, 4), ({"weight": torch.rand(8)}, 4)],
     ids=["plain", "smoothing", "weight"],
 )
 def test_one_collective_forward_and_none_backward(ranks: Ranks, options: dict[str, Any], planes: int) -> None:
