@@ -330,14 +330,11 @@ def _with_options(
 
 
 # --------------------------------------------------------------------------------------------------
-# DTensors. What tells one must cost a plain tensor nothing, and their module, which imports this one, is slow
-# to import.
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+# DTensors. Their module imports this one, and is slow to import: where a plain tensor is given it is not.
 
 
 def _is_dtensor(input: Any) -> bool:
-    if not torch.distributed.is_available():
+    if type(input) is torch.nn.Parameter or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
@@ -432,7 +429,7 @@ def cross_entropy(
         NotImplementedError: integer, complex, sparse or other input that no kernel takes.
         TypeError: not a tensor, or an option of a wrong type.
     """
-    if type(input) not in _PLAIN and _is_dtensor(input):
+    if type(input) is not Tensor and _is_dtensor(input):
         if size_average is not None or reduce is not None:
             reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
         family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
@@ -528,7 +525,7 @@ def cross_entropy_with_metrics(
     """
     code = reduction_code(reduction, None, None)
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
-    if type(input) not in _PLAIN and _is_dtensor(input):
+    if type(input) is not Tensor and _is_dtensor(input):
         given = weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family
         return _loss_of_dtensor(input, target, *given, metrics=True)
     try:
