@@ -379,7 +379,8 @@ def cross_entropy(
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float16, bfloat16,
-            float32 or float64, any strides.
+            float32 or float64, any strides. A DTensor may have its classes, its rows or both sharded; the
+            loss is one then (docs/distributed.md).
         target: class indices (int64, int32 or uint8) of the input's shape without ``C``, or class
             probabilities (any of the input's dtypes) of the input's shape.
         weight: a weight for each class, shape ``(C)``; any floating dtype. With probabilities it

@@ -235,10 +235,11 @@ def local_planes(shard: Shard, rows: Tensor, local: LocalTarget, label_smoothing
         target_sum, dot = target_sum * local.scale, dot * local.scale
     else:
         target_weight = target_weight.masked_fill(~local.owned, 0)
-        hard = (1 - label_smoothing) * target_weight
-        spread = label_smoothing * shard.classes / max(shard.total, 1)
-        target_sum = spread * target_sum + hard
-        dot = spread * dot + (hard * picked).masked_fill(hard == 0, 0)
+        if label_smoothing:
+            hard = (1 - label_smoothing) * target_weight
+            spread = label_smoothing * shard.classes / max(shard.total, 1)
+            target_sum = spread * target_sum + hard
+            dot = spread * dot + (hard * picked).masked_fill(hard == 0, 0)
         picked = picked.masked_fill(~local.owned, -torch.inf)
     return [largest, log_sum, target_sum, dot, picked, target_weight, *entropy]
 
@@ -416,6 +417,7 @@ def sharded_loss(
     vocab_size: int | None,
     metrics: bool = False,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    """The loss of all classes, once the ranks have agreed on what they are about to do."""
     name = group_name(op, group)
     try:
         target, given, description = _checked(op, logits, target, given, metrics)

@@ -363,6 +363,21 @@ def check_zero_targets_at_minus_infinity() -> None:
         assert_near(mine.grad, whole.grad.tensor_split(4, 1)[dist.get_rank()])
 
 
+def check_distances_that_overflow() -> None:
+    """From the largest logit to those of a rank whose classes have no part in the target."""
+    logits = torch.tensor([[3e38, 3e38, 0, 0, 0, 0, -3e38, -3e38]])
+    probabilities = torch.tensor([[0.5, 0.5, 0, 0, 0, 0, 0, 0]])
+    mine = sharded(logits)
+    loss = vocab_parallel_cross_entropy(mine, sharded(probabilities).detach())
+    assert_near(loss.detach(), torch.tensor(2.0).log().double())
+    loss.backward()
+    assert torch.equal(mine.grad, torch.zeros_like(mine))
+
+
+def test_distances_that_overflow(ranks: Ranks) -> None:
+    ranks(check_distances_that_overflow)
+
+
 def test_zero_targets_at_minus_infinity(ranks: Ranks) -> None:
     ranks(check_zero_targets_at_minus_infinity)
 
@@ -575,6 +590,24 @@ def test_what_is_wrong_on_every_rank_is_said_on_every_rank(
 def test_without_torch_distributed() -> None:
     with pytest.raises(RuntimeError, match=r"expected torch.distributed.init_process_group"):
         vocab_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+def check_two_vocabularies() -> None:
+    """In one group, of which rank 0 has as many classes of each: vocab_size tells them apart."""
+    talks = _talks_of(dist.group.WORLD.group_name)
+    rounds = []
+    for classes in ([2, 3, 1, 1], [2, 1, 1, 1], [2, 3, 1, 1], [2, 1, 1, 1]):
+        logits = torch.randn(3, sum(classes))
+        mine = logits.split(classes, 1)[dist.get_rank()]
+        target = torch.tensor([0, 4, 3])
+        loss = vocab_parallel_cross_entropy(mine, target, label_smoothing=0.1, vocab_size=sum(classes))
+        assert_near(loss, cross_entropy_reference(logits.double(), target, label_smoothing=0.1))
+        rounds.append(talks.rounds)
+    assert rounds[0] + 1 == rounds[1] == rounds[2] == rounds[3]  # each was agreed on once
+
+
+def test_two_vocabularies_in_one_group(ranks: Ranks) -> None:
+    ranks(check_two_vocabularies)
 
 
 def check_transforms() -> None:
