@@ -138,3 +138,54 @@ def _local_loss(
     if metrics:
         return cross_entropy_with_metrics(logits, target, **options)
     return cross_entropy(logits, target, **options), None
+
+
+def linear_loss_of_dtensor(
+    input: Tensor, linear_weight: DTensor, target: Tensor, options: dict[str, Any], metrics: bool = False
+) -> tuple[DTensor, Any]:
+    """The linear head whose weight is sharded over its classes (dimension 0) or replicated; the results are
+    replicated, and so are input and target. What has another placement is moved."""
+    from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_metrics
+
+    op = "linear_cross_entropy"
+    if not isinstance(linear_weight, DTensor):
+        raise NotImplementedError(f"{op}: expected linear_weight to be a DTensor where input is one")
+    mesh = linear_weight.device_mesh
+    over = [k for k, placement in enumerate(linear_weight.placements) if not placement.is_replicate()]
+    if len(over) > 1 or any(linear_weight.placements[k] != Shard(0) for k in over):
+        raise NotImplementedError(
+            f"{op}: expected a DTensor linear_weight whose classes (dimension 0) are sharded over one "
+            f"dimension of the mesh, or that is replicated, got {linear_weight.placements}; redistribute it "
+            "first"
+        )
+    replicated: list[Placement] = [Replicate()] * mesh.ndim
+
+    def local(x: Any, placements: Sequence[Placement]) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, replicated, run_check=False)
+        elif x.device_mesh != mesh:
+            raise ValueError(f"{op}: expected DTensors of one mesh, got {mesh} and {x.device_mesh}")
+        return x.redistribute(placements=placements).to_local()
+
+    def of_classes(x: Any, dim: int = 0) -> Any:
+        return local(x, [Shard(dim) if k in over else Replicate() for k in range(mesh.ndim)])
+
+    lora = options["lora"]
+    if isinstance(lora, (tuple, list)) and len(lora) == 3:
+        lora = local(lora[0], replicated), of_classes(lora[1]), lora[2]
+    names = "weight", "logit_scale", "row_weight", "normalizer"
+    given = {**options, **{name: local(options[name], replicated) for name in names}}
+    given |= {"lora": lora, "linear_bias": of_classes(options["linear_bias"])}
+    if over:
+        given |= {"group": mesh.get_group(over[0]), "vocab_size": len(range(linear_weight.shape[0]))}
+    probabilities = target.is_floating_point()
+    target = of_classes(target, input.dim() - 1) if probabilities else local(target, replicated)
+    args = local(input, replicated), of_classes(linear_weight), target
+    if metrics:
+        loss, rows = linear_cross_entropy_with_metrics(*args, **given)
+        rows = type(rows)(*(DTensor.from_local(x, mesh, replicated, run_check=False) for x in rows))
+    else:
+        loss, rows = linear_cross_entropy(*args, **given), None
+    return DTensor.from_local(loss, mesh, replicated, run_check=False), rows

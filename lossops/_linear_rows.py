@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from . import _rows
 from ._autograd import accumulation, differentiates_backward, is_batched, is_transformed, ordered_sum
 from ._explain import note
 from ._family import Family, row_losses, upstream, weighted_losses, without_unused
+from ._linear_ranks import Ranks, whole_gradients, whole_rows
 from ._rows import row_functions, transform_reference
 
 # Whether this processor multiplies bfloat16. Asked once, and not where torch.compile would have to trace the
@@ -68,6 +69,10 @@ class Head(NamedTuple):
     chunk: int
     gradient_filter: float
     """0: none"""
+    group: str = ""
+    """The ranks over which the classes are spread, if they are."""
+    shard: Sequence[int] = ()
+    """Of those: their number, this rank's first class, the number of all classes, a digest of the call."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -122,7 +127,8 @@ _TENSORS = (
 )
 _OPTIONS = (
     "float lora_scaling, SymInt classes, float scale, float softcap, SymInt ignore_index, "
-    "float label_smoothing, bool entropy, bool predicted, SymInt chunk, float gradient_filter"
+    "float label_smoothing, bool entropy, bool predicted, SymInt chunk, float gradient_filter, "
+    "str group, SymInt[] shard"
 )
 
 # Which gradients are wanted, in this order everywhere.
@@ -216,19 +222,20 @@ class _Chunk(NamedTuple):
 
 
 def _check_target(head: Head) -> None:
-    """What the kernels raise, who see a chunk's rows and know no others."""
-    bad = head.counted & ~_known(head, head.target)
+    """What the kernels raise, who see a chunk's rows, and a shard's classes, and know no others."""
+    classes = head.shard[2] if head.group else head.classes
+    bad = head.counted & ((head.target < 0) | (head.target >= classes))
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise IndexError(
             f"linear_cross_entropy: Target {int(head.target.flatten()[row])} is out of bounds: row {row} of "
-            f"the target needs a class index from 0 to C-1 for C = {head.classes} or ignore_index "
+            f"the target needs a class index from 0 to C-1 for C = {classes} or ignore_index "
             f"({head.ignore_index})"
         )
 
 
-def _chunks(head: Head) -> Iterator[_Chunk]:
-    """The chunks of all rows that count, in one buffer of logits.
+def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
+    """The chunks of all rows that count, in one buffer of logits, with the targets of `own`.
 
     Ignored rows are left out where no device has to be waited for: on the CPU.
     """
@@ -254,36 +261,62 @@ def _chunks(head: Head) -> Iterator[_Chunk]:
         if head.lora_a is not None and head.lora_b is not None:
             low = torch.mm(x, head.lora_a.to(dtype).t()).mul_(head.lora_scaling)
             z.addmm_(low, head.lora_b.to(dtype).t())
-        yield _Chunk(rows, x, low, z, head.target[rows])
+        yield _Chunk(rows, x, low, z, own.target[rows])
+
+
+class _Planes(NamedTuple):
+    """Of a chunk."""
+
+    own: Tensor
+    """Of the logits that are here."""
+    whole: Tensor
+    """Of those of all classes."""
+    pull: Callable[[Tensor], Tensor]
+    """From the gradients of `whole` to those of `own`."""
+    classes: Tensor | None
+    """Those that the gradients are made of, if not all."""
 
 
 class _Results:
     """What a forward leaves of every row; zeros (and no class) for ignored ones."""
 
     def __init__(self, head: Head) -> None:
-        self.head = head
+        self.head = self.own = head
+        self.ranks = None
+        if head.group:
+            self.ranks = Ranks(head)
+            self.own = self.ranks.own()
         shape = head.row_shape
         self.planes = head.x.new_zeros((7 if head.entropy else 6, *shape), dtype=head.accumulator)
         self.predicted = head.x.new_full(shape if head.predicted else (0,), -1, dtype=torch.int64)
         self.filtered = self.planes.new_zeros(shape if head.gradient_filter else (0,))
 
-    def add(self, chunk: _Chunk) -> tuple[Tensor, Tensor | None]:
-        """The planes of a chunk, and the classes that its gradients are made of, if not all."""
-        head = self.head
-        tensors = chunk.target, head.class_weight, head.scale_tensor
+    def chunks(self) -> Iterator[_Chunk]:
+        return _chunks(self.head, self.own)
+
+    def add(self, chunk: _Chunk) -> _Planes:
+        head, own = self.head, self.own
+        tensors = chunk.target, own.class_weight, own.scale_tensor
         planes, predicted = _rows._forward(
-            head.shaped(chunk.z), *tensors, *head.options, head.entropy, head.predicted
+            own.shaped(chunk.z), *tensors, *own.options, own.entropy, own.predicted
         )
-        self.planes[:, chunk.rows] = planes
+        whole, pull = planes, cast(Callable[[Tensor], Tensor], _as_it_is)
+        if self.ranks is not None:
+            whole, predicted, pull = self.ranks.combine(chunk.rows, planes, predicted)
+        self.planes[:, chunk.rows] = whole
         if head.predicted:
             self.predicted[chunk.rows] = predicted
-        classes = _likely_classes(head, chunk, planes)
+        classes = _likely_classes(own, chunk, planes)
         if classes is not None:
-            self.filtered[chunk.rows] = 1 - _mass(head, chunk, planes, classes)
-        return planes, classes
+            self.filtered[chunk.rows] = 1 - _mass(own, chunk, planes, classes)
+        return _Planes(planes, whole, pull, classes)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.planes, self.predicted, self.filtered
+
+
+def _as_it_is(g: Tensor) -> Tensor:
+    return g
 
 
 def _likely_classes(head: Head, chunk: _Chunk, planes: Tensor) -> Tensor | None:
@@ -344,8 +377,9 @@ def _own_terms(head: Head, planes: Tensor, g: Tensor, target: Tensor) -> tuple[T
 class _Gradients:
     """Sums over the chunks of the gradients that are wanted, at least in float32."""
 
-    def __init__(self, head: Head, needs: Sequence[bool]) -> None:
-        self.head = head
+    def __init__(self, results: _Results, needs: Sequence[bool]) -> None:
+        self.head = head = results.own
+        self.ranks = results.ranks
         self.needs = dict(zip(_GRADIENTS, needs, strict=True))
         dtype = product_dtype(head.x)
         self.base = _Layer(head.weight, dtype)
@@ -358,12 +392,13 @@ class _Gradients:
             if self.needs[name]:
                 self.sums[name] = like.new_zeros(like.shape, dtype=dtype)
 
-    def add(self, chunk: _Chunk, planes: Tensor, g: Tensor, classes: Tensor | None) -> None:
+    def add(self, chunk: _Chunk, of: _Planes, g: Tensor) -> None:
         """Writes the gradient of a chunk's logits over them, and adds what follows from it.
 
-        `g`: the planes' gradients. `classes`: those that the gradient is made of, if not all.
+        `g`: the gradients of the planes of all classes.
         """
         head, needs = self.head, self.needs
+        planes, classes, g = of.own, of.classes, of.pull(g)
         z = head.shaped(chunk.z)
         target, class_weight, options = chunk.target, head.class_weight, head.options
         position = None
@@ -450,6 +485,10 @@ class _Gradients:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order of _GRADIENTS, empty where not wanted."""
+        if self.ranks is not None:  # every rank holds these, and has a part of their gradients
+            for name in ("x", "scale_tensor", "lora_a"):
+                if self.needs[name]:
+                    self.sums[name] = self.ranks.summed(self.sums[name])
         return tuple(self.sums.get(name, self.head.x.new_empty((0,))) for name in _GRADIENTS)
 
 
@@ -472,9 +511,8 @@ _library.define(
 
 
 def _rows_forward_impl(*args: Any) -> tuple[Tensor, ...]:
-    head = Head(*args)
-    results = _Results(head)
-    for chunk in _chunks(head):
+    results = _Results(Head(*args))
+    for chunk in results.chunks():
         results.add(chunk)
     return results.tensors()
 
@@ -482,11 +520,15 @@ def _rows_forward_impl(*args: Any) -> tuple[Tensor, ...]:
 def _rows_backward_impl(grad_rows: Tensor, rows: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The gradients of the planes' gradients, in the dtypes of what they belong to."""
     head, needs = Head(*args[:-1]), args[-1]
-    gradients = _Gradients(head, needs)
-    for chunk in _chunks(head):
-        planes = rows[:, chunk.rows]
-        classes = _likely_classes(head, chunk, planes)
-        gradients.add(chunk, planes, grad_rows[:, chunk.rows], classes)
+    results = _Results(head)
+    gradients = _Gradients(results, needs)
+    for chunk in results.chunks():
+        if head.group:  # a shard's own planes are not kept
+            planes = results.add(chunk)
+        else:
+            kept = rows[:, chunk.rows]
+            planes = _Planes(kept, kept, _as_it_is, _likely_classes(head, chunk, kept))
+        gradients.add(chunk, planes, grad_rows[:, chunk.rows])
     return tuple(
         grad.to(x.dtype) if need else grad
         for grad, x, need in zip(gradients.tensors(), head.differentiable, needs, strict=True)
@@ -496,13 +538,15 @@ def _rows_backward_impl(grad_rows: Tensor, rows: Tensor, *args: Any) -> tuple[Te
 def _total_impl(row_weight: Tensor | None, z_loss: float, *args: Any) -> tuple[Tensor, ...]:
     """The results of a forward, and of the sum of all losses the gradients, in float32 of what is 16-bit."""
     head, needs = Head(*args[:-1]), args[-1]
-    results, gradients = _Results(head), _Gradients(head, needs)
-    for chunk in _chunks(head):
-        planes, classes = results.add(chunk)
+    results = _Results(head)
+    gradients = _Gradients(results, needs)
+    for chunk in results.chunks():
+        planes = results.add(chunk)
+        whole = planes.whole
         family = Family(z_loss=z_loss, row_weight=None if row_weight is None else row_weight[chunk.rows])
-        used = without_unused(planes, family)
-        g = planes.new_ones(()) if family.row_weight is None else family.row_weight.to(planes.dtype)
-        gradients.add(chunk, planes, upstream(used, g.expand(planes.shape[1:]), z_loss), classes)
+        used = without_unused(whole, family)
+        g = whole.new_ones(()) if family.row_weight is None else family.row_weight.to(whole.dtype)
+        gradients.add(chunk, planes, upstream(used, g.expand(whole.shape[1:]), z_loss))
     return results.tensors() + gradients.tensors()
 
 
@@ -570,6 +614,11 @@ def _(row_weight, z_loss, *args):
 def linear_rows(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """(planes, predicted, filtered) by the shortest way that the surroundings allow."""
     if is_transformed() and not torch.compiler.is_compiling():
+        if head.group:
+            raise RuntimeError(
+                "linear_cross_entropy: a sharded head does not work under torch.func and forward-mode AD, "
+                "which no collective knows"
+            )
         planes, predicted = general_rows(head)
         return planes, predicted, planes.new_zeros((0,))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.tensors):
@@ -849,6 +898,9 @@ def _general_plan(head: Head) -> tuple[_Plan, tuple[int, ...]]:
 
 def general_rows(head: Head) -> tuple[Tensor, Tensor]:
     """(planes, predicted), differentiable to every order."""
+    if head.group:
+        note("linear head over ranks: the second derivative makes all rows' logits")
+        return whole_rows(head)
     plan, places = _general_plan(head)
     (planes,) = Chunked.apply(plan, *(head[place] for place in places))
     if not head.predicted:
@@ -858,6 +910,10 @@ def general_rows(head: Head) -> tuple[Tensor, Tensor]:
 
 def general_gradients(head: Head, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
     """The gradients that are wanted, of the planes' gradients, differentiable to every order."""
+    if head.group:
+        names = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
+        by_name = dict(zip(names, whole_gradients(head, names, g), strict=True))
+        return [by_name.get(name) for name in _GRADIENTS]
     plan, places = _general_plan(head._replace(predicted=False))
     wanted = [place for place, need in zip(_PLACES, needs, strict=True) if need]
     plan = plan.vjp(tuple(places.index(place) for place in wanted), (0,))

@@ -7,8 +7,9 @@ leaves of every row, as for :func:`cross_entropy`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ._autograd import (
     may_be_differentiated,
     reduction_code,
 )
+from ._distributed import Replicated, Shard, agree, announce_failure, group_name
 from ._explain import note
 from ._family import (
     Family,
@@ -36,9 +38,13 @@ from ._family import (
     metrics_of,
     reduced,
 )
+from ._linear_ranks import most_probable, shard_of
 from ._linear_rows import Head, default_chunk, linear_rows, linear_total, product_dtype, wants_total
 from ._rows import NO_WEIGHT_DERIVATIVE, per_class
-from .cross_entropy import cross_entropy_reference
+from .cross_entropy import _is_dtensor, cross_entropy_reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _OP = "linear_cross_entropy"
 
@@ -82,6 +88,17 @@ def linear_cross_entropy_reference(
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
+
+
+@dataclasses.dataclass
+class _Ranks:
+    """Those over which the classes are spread."""
+
+    group: ProcessGroup
+    vocab_start: int | None
+    vocab_size: int | None
+    asked: bool = False
+    """Whether the others know what this rank is going to do."""
 
 
 class _Shape(NamedTuple):
@@ -220,7 +237,7 @@ def _autocast(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], torch.
 
 
 def _weighted(
-    shape: _Shape, target: Tensor, index_target: bool, weight: Tensor, label_smoothing: float
+    classes: int, target: Tensor, index_target: bool, weight: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor | None, float]:
     """Class weights that may need a derivative, moved into a probability target to get it there."""
     if index_target:
@@ -228,7 +245,7 @@ def _weighted(
             raise RuntimeError(NO_WEIGHT_DERIVATIVE.replace("cross_entropy", _OP, 1))
         return target, weight, label_smoothing
     note("the class weight may need a derivative: a weighted copy of the target is made")
-    mixed = (1 - label_smoothing) * target + label_smoothing / max(shape.classes, 1)
+    mixed = (1 - label_smoothing) * target + label_smoothing / max(classes, 1)
     return per_class(weight, target) * mixed, None, 0.0
 
 
@@ -251,6 +268,7 @@ def _run(
     shift: bool,
     gradient_filter: float | None,
     lora: Lora | None,
+    ranks: _Ranks | None,
     metrics: bool,
 ) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
     low = (None, None, 0.0) if lora is None else lora
@@ -266,13 +284,41 @@ def _run(
         raise RuntimeError(f"{_OP}: ignore_index cannot be specified when target contains probabilities")
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"{_OP}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if weight is not None and (weight.dim() != 1 or weight.shape[0] != shape.classes):
+    dtype = loss_dtype(input, target, weight, out_dtype or autocast)
+    ignored = -100 if ignore_index is None else ignore_index
+    shard = None
+    if ranks is not None:
+        tensors = input, linear_weight, linear_bias, target, *ab, family.logit_scale
+        shard = _agree(
+            ranks,
+            shape,
+            weight,
+            gradient_filter,
+            {
+                "rows": "traced" if torch.compiler.is_compiling() else str(shape.rows),
+                "target": "of class indices" if index_target else "of probabilities",
+                "accumulation": str(accumulation(input, target, weight)),
+                "loss": str(dtype),
+                "reduction": str(reduction),
+                "empty": family.empty,
+                "z_loss": str(family.z_loss),
+                "logit_scale": "a tensor" if isinstance(family.logit_scale, Tensor) else "a number",
+                "metrics": str(metrics),
+                "chunk_size": str(chunk_size),
+                "shift": str(shift),
+                "gradients": str([isinstance(t, Tensor) and t.requires_grad for t in tensors]),
+                "grad mode": str(torch.is_grad_enabled()),
+                "row_weight": "absent" if family.row_weight is None else "given",
+                "normalizer": "absent" if family.normalizer is None else "given",
+            },
+        )
+        weight = _weight_of(shard, weight)
+    elif weight is not None and (weight.dim() != 1 or weight.shape[0] != shape.classes):
         raise RuntimeError(
             f"{_OP}: weight tensor should be defined either for all {shape.classes} classes or no classes "
             f"but got weight tensor of shape: {tuple(weight.shape)}"
         )
-    dtype = loss_dtype(input, target, weight, out_dtype or autocast)
-    ignored = -100 if ignore_index is None else ignore_index
+    total_classes = shape.classes if shard is None else shard.total
 
     if index_target:
         target = target.long()  # or a narrow target would meet the ignored class modulo its own range
@@ -282,7 +328,7 @@ def _run(
     given = target
     smoothing = label_smoothing
     if weight is not None and may_be_differentiated(weight):
-        target, weight, smoothing = _weighted(shape, target, index_target, weight, label_smoothing)
+        target, weight, smoothing = _weighted(total_classes, target, index_target, weight, label_smoothing)
     row_weight = family.row_weight
     if row_weight is not None:
         row_weight = shape.moved(row_weight.reshape(shape.rows), 0.0)
@@ -306,7 +352,7 @@ def _run(
         weight,
         scale_tensor,
         ab[0],
-        None if ab[1] is None else ab[1].reshape(width, -1),
+        None if ab[1] is None else ab[1].reshape(width, ab[1].shape[-1]),
         low[2],
         shape.classes,
         scale,
@@ -315,8 +361,10 @@ def _run(
         smoothing,
         metrics,
         metrics,
-        default_chunk(count, width) if chunk_size is None else chunk_size,
+        chunk_size or default_chunk(count, width if shard is None else -(-shard.total // shard.size)),
         float(gradient_filter or 0.0) if filtering else 0.0,
+        "" if shard is None else shard.group,
+        () if shard is None else (shard.size, shard.start, shard.total, shard.digest),
     )
     _note_chunks(head)
     nothing = shift and input.shape[-2] < 2  # no position has a next one
@@ -333,6 +381,39 @@ def _run(
     if not metrics:
         return loss, None
     return loss, _metrics(head, shape, rows, given, label_smoothing, family, predicted, filtered)
+
+
+def _agree(
+    ranks: _Ranks,
+    shape: _Shape,
+    weight: Tensor | None,
+    gradient_filter: float | None,
+    call: dict[str, str],
+) -> Shard:
+    """This rank's shard, when all ranks mean the same call."""
+    if gradient_filter is not None:
+        raise ValueError(f"{_OP}: gradient_filter does not go with group: a rank knows its own classes alone")
+    if weight is not None and (weight.dim() != 1 or not weight.is_floating_point()):
+        raise RuntimeError(
+            f"{_OP}: expected weight of one dimension and a floating dtype, got shape {tuple(weight.shape)} "
+            f"of {weight.dtype}"
+        )
+    call |= {"weight": "absent" if weight is None else "given", "out": str(shape.out)}
+    call["vocab_size"] = str(ranks.vocab_size)
+    # Numbers, where Dynamo may have symbols: of one it makes no range.
+    classes = len(range(shape.classes))
+    weights = None if weight is None else len(range(weight.shape[0]))
+    ranks.asked = True
+    name = group_name(_OP, ranks.group)
+    return agree(_OP, name, tuple(call.items()), classes, ranks.vocab_start, weights)
+
+
+def _weight_of(shard: Shard, weight: Tensor | None) -> Tensor | None:
+    """The class weights of this rank's classes."""
+    if weight is None or not shard.whole_weight:
+        return weight
+    whole = Replicated.apply(weight, shard.group) if may_be_differentiated(weight) else weight
+    return whole[shard.start : shard.start + shard.classes]
 
 
 def _note_chunks(head: Head) -> None:
@@ -364,6 +445,8 @@ def _metrics(
     predicted = shape.kept(predicted)
     if head.index_target:
         best = shape.kept(target)
+    elif head.group:
+        best = shape.kept(most_probable(shard_of(head), target, rows.new_empty(head.row_shape)))
     else:
         best = shape.kept(target.argmax(1)) if shape.classes else predicted
     filtered = shape.kept(filtered) if filtered.numel() else torch.zeros_like(rows[0])
@@ -406,6 +489,9 @@ def linear_cross_entropy(
     shift: bool = False,
     gradient_filter: float | None = None,
     lora: Lora | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)``, holding a chunk of the logits.
 
@@ -439,6 +525,13 @@ def linear_cross_entropy(
             Language Models <https://arxiv.org/abs/2411.09009>`_ does with 2**-12; the metrics say how much
             was left out. Waits for the device. Without effect where every class is part of some target
             (smoothing, probabilities), for ``k > 0``, and in derivatives by torch.func or of second order.
+        group: the ranks over which the classes are spread: ``linear_weight``, ``linear_bias``, ``B`` of
+            ``lora`` and probability targets hold this rank's classes, ``weight`` this rank's or all;
+            ``input``, index targets and everything else are the same on every rank, and so are their
+            gradients, the sums of all ranks'. One all-gather a chunk (and one more where the backward
+            computes the logits again), one all-reduce for the input's gradient. A second derivative makes the
+            logits of all rows; not under torch.func, nor with ``gradient_filter``.
+        vocab_start, vocab_size: as in :func:`vocab_parallel_cross_entropy`, with ``group``.
         lora: ``(A, B, scaling)`` with ``A`` of shape ``(r, H)`` and ``B`` of shape ``(C, r)``: the weight is
             ``linear_weight + scaling * B @ A``, which is never built (`LoRA
             <https://arxiv.org/abs/2106.09685>`_). Gradients go to whatever requires them.
@@ -481,9 +574,34 @@ def linear_cross_entropy(
             shift=shift,
             gradient_filter=gradient_filter,
             lora=lora,
+            group=group,
+            vocab_start=vocab_start,
+            vocab_size=vocab_size,
         )
+    if _any_dtensor(input, linear_weight):
+        given = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "row_weight": row_weight,
+            "normalizer": normalizer,
+            "empty": empty,
+            "out_dtype": out_dtype,
+            "chunk_size": chunk_size,
+            "shift": shift,
+            "gradient_filter": gradient_filter,
+            "lora": lora,
+        }
+        return _of_dtensors(input, linear_weight, target, given, False)[0]
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
-    how = _chunk_size(chunk_size, options), shift, gradient_filter, lora
+    ranks = None if group is None else _Ranks(group, vocab_start, vocab_size)
+    how = _chunk_size(chunk_size, options), shift, gradient_filter, lora, ranks
     torch_options = weight, reduction, ignore_index, label_smoothing, out_dtype
     return _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, False)[0]
 
@@ -510,18 +628,53 @@ def linear_cross_entropy_with_metrics(
     shift: bool = False,
     gradient_filter: float | None = None,
     lora: Lora | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, LinearCrossEntropyMetrics]:
     """The loss of :func:`linear_cross_entropy`, and what the same pass says of every row.
 
     Arguments and errors are those of :func:`linear_cross_entropy`; :class:`LinearCrossEntropyMetrics` names
     the results. A loss that is made of the metrics too takes a second pass in its backward.
     """
+    if _any_dtensor(input, linear_weight):
+        given = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "row_weight": row_weight,
+            "normalizer": normalizer,
+            "empty": empty,
+            "out_dtype": out_dtype,
+            "chunk_size": chunk_size,
+            "shift": shift,
+            "gradient_filter": gradient_filter,
+            "lora": lora,
+        }
+        return _of_dtensors(input, linear_weight, target, given, True)
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
-    how = _chunk_size(chunk_size, options), shift, gradient_filter, lora
+    ranks = None if group is None else _Ranks(group, vocab_start, vocab_size)
+    how = _chunk_size(chunk_size, options), shift, gradient_filter, lora, ranks
     torch_options = weight, reduction, ignore_index, label_smoothing, out_dtype
     loss, metrics = _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, True)
     assert metrics is not None
     return loss, metrics
+
+
+def _any_dtensor(*tensors: Any) -> bool:
+    return any(type(x) is not Tensor and _is_dtensor(x) for x in tensors)
+
+
+def _of_dtensors(input: Any, linear_weight: Any, target: Any, options: dict[str, Any], metrics: bool) -> Any:
+    from ._dtensor import linear_loss_of_dtensor  # slow to import
+
+    return linear_loss_of_dtensor(input, linear_weight, target, options, metrics)
 
 
 def _chunk_size(chunk_size: int | None, options: Any) -> int | None:
@@ -542,10 +695,13 @@ def _checked(
 ) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
     """The loss, or the sentence that says why not."""
     code = reduction_code(reduction, None, None)
+    ranks = rest[-2]
     try:
         options = code, ignore_index, label_smoothing, checked_dtype(_OP, out_dtype), *rest
         return _run(input, linear_weight, target, linear_bias, weight, *options)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if ranks is not None and not ranks.asked and not torch.compiler.is_compiling():
+            announce_failure(group_name(_OP, ranks.group), error)
         explain_bad_option(_OP, -100 if ignore_index is None else ignore_index, label_smoothing)
         explain_bad_input(_OP, input=input, linear_weight=linear_weight, target=target)
         raise

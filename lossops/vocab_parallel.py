@@ -277,6 +277,43 @@ def global_planes(
     return planes if local.counted is None else planes.masked_fill(~local.counted, 0), best
 
 
+def own_gradients(
+    shard: Shard,
+    own: Tensor,
+    planes: Tensor,
+    local: LocalTarget,
+    label_smoothing: float,
+    weighted: bool,
+    grad: Tensor,
+) -> Tensor:
+    """The gradients of this rank's planes as the op gives them, from those of `global_planes`' result.
+
+    What autograd makes of that function, written out for where autograd does not come: inside of an op.
+    """
+    sent = planes_to_send(local, label_smoothing, weighted, own.shape[0] > ENTROPY)
+    mine = local_planes(shard, own, local, label_smoothing)
+    grads = list(grad.unbind(0))
+    if DOT not in sent:  # made of PICKED
+        grads[PICKED] = grads[PICKED] + grads[DOT] * planes[TARGET_WEIGHT]
+    parts = [torch.stack([x[k] for k in sent]) for x in (grads, planes.unbind(0), mine)]
+    given = dict(zip(sent, local_gradients(parts[0], parts[1], parts[2], sent).unbind(0), strict=True))
+    zeros = torch.zeros_like(own[MAX])
+    result = [zeros] * own.shape[0]
+    result[LOG_SUM] = given[LOG_SUM]
+    if ENTROPY in given:
+        result[ENTROPY] = given[ENTROPY]
+    dot = given.get(DOT, zeros)
+    if local.owned is None:
+        result[TARGET_SUM], result[DOT] = given[TARGET_SUM] * local.scale, dot * local.scale
+    else:
+        hard = (1 - label_smoothing) * own[TARGET_WEIGHT]
+        picked = given.get(PICKED, zeros) + (hard * dot).masked_fill(hard == 0, 0)
+        result[DOT] = label_smoothing * shard.classes / max(shard.total, 1) * dot
+        result[PICKED] = picked.masked_fill(~local.owned, 0)
+    stacked = torch.stack(result)
+    return stacked if local.counted is None else stacked.masked_fill(~local.counted, 0)
+
+
 def sharded_rows(
     shard: Shard,
     logits: Tensor,

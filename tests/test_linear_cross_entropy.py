@@ -596,7 +596,7 @@ def test_meta(reduction: str) -> None:
 def ops() -> list[tuple[Any, ...]]:
     x, weight, target = torch.randn(7, H), torch.randn(C, H), torch.randint(0, C, (7,))
     tensors = x, weight, torch.randn(C), target, None, torch.tensor(1.5), torch.randn(2, H), torch.randn(C, 2)
-    options = 0.5, C, 1.0, 3.0, -100, 0.1, True, True, 3, 0.0
+    options = 0.5, C, 1.0, 3.0, -100, 0.1, True, True, 3, 0.0, "", []
     needs = [True, False, True, False, True, True, False]
     forward = torch.ops.lossops.linear_rows_forward.default
     planes = forward(*tensors, *options)[0]

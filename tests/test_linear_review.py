@@ -140,10 +140,11 @@ def test_gradient_filter_where_ignored_rows_stay_in_a_chunk(counts: int) -> None
     options = classes, 1.0, 0.0, -100, 0.0, False, False, n, 0.9
     head = Head(x, weight, None, target, *absent, *options)
     chunk = _Chunk(slice(0, n), x, None, x @ weight.t(), target)
-    results, wanted = _Results(head), _Gradients(head, [True, True, *[False] * 5])
-    planes, kept = results.add(chunk)
-    assert kept is not None and kept.tolist() == [0]
-    wanted.add(chunk, planes, upstream(planes, torch.ones(n)), kept)
+    results = _Results(head)
+    wanted = _Gradients(results, [True, True, *[False] * 5])
+    planes = results.add(chunk)
+    assert planes.classes is not None and planes.classes.tolist() == [0]
+    wanted.add(chunk, planes, upstream(planes.whole, torch.ones(n)))
     assert all(grad.isfinite().all() for grad in wanted.tensors())
     assert (wanted.sums["x"][counts:] == 0).all()
 

@@ -1,0 +1,112 @@
+"""A linear head whose classes are spread over ranks: what they exchange of a chunk.
+
+Each rank has the logits of its own classes for the chunk, and the planes of those; one all-gather makes the
+planes of all classes of them (``vocab_parallel.py``), and their gradients give each rank those of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import _rows
+from ._distributed import Replicated, Shard, all_gather, all_reduce
+from .vocab_parallel import (
+    LocalTarget,
+    _most_probable,
+    best_classes,
+    candidate,
+    global_planes,
+    local_target,
+    own_gradients,
+    sharded_rows,
+)
+
+if TYPE_CHECKING:
+    from ._linear_rows import Head
+
+
+def shard_of(head: Head) -> Shard:
+    size, start, total, digest = head.shard
+    return Shard(head.group, size, start, head.classes, total, False, digest)
+
+
+class Ranks:
+    """This rank's part of a head, and how its planes are made into everyone's."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.shard = shard_of(head)
+        self.local = local_target(self.shard, head.target, head.ignore_index, head.label_smoothing)
+
+    def own(self) -> Head:
+        """The head of this rank's classes alone, as the ops take it."""
+        local = self.local
+        return self.head._replace(
+            target=local.target, ignore_index=local.ignore_index, label_smoothing=local.label_smoothing
+        )
+
+    def _rows_of(self, rows: slice | Tensor) -> LocalTarget:
+        local = self.local
+        if local.owned is None or local.counted is None:
+            return local._replace(target=local.target[rows])
+        return local._replace(target=local.target[rows], owned=local.owned[rows], counted=local.counted[rows])
+
+    def combine(
+        self, rows: slice | Tensor, own: Tensor, predicted: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """The planes of all classes of these rows, their best classes, and what turns the planes' gradients
+        into those of this rank's own."""
+        head = self.head
+        local = self._rows_of(rows)
+        candidates = candidate(self.shard, own[_rows.MAX], predicted).unsqueeze(0) if head.predicted else None
+        numbers = head.ignore_index, head.label_smoothing, head.scale, head.softcap, 0.0
+        weighted = head.class_weight is not None
+        planes, best = global_planes(
+            self.shard, own, local, head.label_smoothing, numbers, weighted, candidates
+        )
+
+        def pull(g: Tensor) -> Tensor:
+            return own_gradients(self.shard, own, planes, local, head.label_smoothing, weighted, g)
+
+        if head.predicted:
+            predicted = best[0] if local.counted is None else best[0].masked_fill(~local.counted, -1)
+        return planes, predicted, pull
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' parts of what all of them hold alike."""
+        return all_reduce(x, self.shard.group)
+
+
+def whole_rows(head: Head) -> tuple[Tensor, Tensor]:
+    """(planes, best classes) of all classes, differentiable to every order, of all rows' logits at once."""
+    shard, group = shard_of(head), head.group
+    x = Replicated.apply(head.x, group)
+    scale = None if head.scale_tensor is None else Replicated.apply(head.scale_tensor, group)
+    z = torch.nn.functional.linear(x, head.weight, head.bias)
+    if head.lora_a is not None and head.lora_b is not None:
+        a = Replicated.apply(head.lora_a, group)
+        low = torch.nn.functional.linear(x.to(a.dtype), a) * head.lora_scaling
+        z = z + torch.nn.functional.linear(low, head.lora_b).to(z.dtype)
+    z = z.reshape(z.shape[0], head.classes, *head.row_shape[1:])
+    return sharded_rows(
+        shard, z, head.target, head.class_weight, scale, head.options, 0.0, metrics=head.entropy
+    )
+
+
+def whole_gradients(head: Head, wanted: list[str], g: Tensor) -> list[Tensor]:
+    """The gradients that are wanted, of the planes' gradients, differentiable to every order."""
+    given = head._asdict()
+    # Views: the path from one of them to another that it is made of is not this function's.
+    leaves = [given[name].view_as(given[name]) for name in wanted]
+    planes, _ = whole_rows(head._replace(**dict(zip(wanted, leaves, strict=True))))
+    return list(torch.autograd.grad(planes, leaves, g, create_graph=True))
+
+
+def most_probable(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:
+    """Each row's most probable class of all ranks; `like` has the rows' shape and the planes' dtype."""
+    mine = _most_probable(shard, probabilities, like).unsqueeze(0)
+    return best_classes(all_gather(mine, shard.group, shard.size))[0]

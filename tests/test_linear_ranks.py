@@ -1,0 +1,309 @@
+"""The linear head over several processes: every rank against the unsharded float64 reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from test_vocab_parallel import assert_none_wrong, forget_agreements, member
+from tolerances import assert_near
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as DShard
+from torch.profiler import ProfilerActivity, profile
+
+from lossops.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
+from lossops.linear_cross_entropy import linear_cross_entropy_reference
+
+SIZES = (2, 3, 4)
+HIDDEN = 5
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    group = Ranks(4, limit=30)
+    yield group
+    group.close()
+
+
+class Example:
+    """One call, drawn alike on every rank: whole tensors, and what this rank is given of them."""
+
+    SHARDED = ("weight", "bias", "lora_b")
+
+    def __init__(self, seed: int, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, size = group, dist.get_rank(group), dist.get_world_size(group)
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        classes = [draw.choice([0, 1, 3, 7]) for _ in range(size)]
+        classes[draw.randrange(size)] += 2
+        self.start, self.classes, total = sum(classes[: self.rank]), classes[self.rank], sum(classes)
+        batch = draw.choice([(7,), (2, 4), ()])
+        out = draw.choice([(), (2,)]) if batch else ()
+        self.dim = len(batch)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64)
+
+        self.values = {"input": drawn(*batch, HIDDEN), "weight": drawn(total, *out, HIDDEN)}
+        if draw.random() < 0.5:
+            self.values["bias"] = drawn(total, *out)
+        if draw.random() < 0.3:
+            self.values |= {"lora_a": drawn(2, HIDDEN), "lora_b": drawn(total, *out, 2)}
+        if draw.random() < 0.4:
+            self.values["row_weight"] = torch.rand((*batch, *out), dtype=torch.float64)
+        if draw.random() < 0.3:
+            self.values["logit_scale"] = torch.tensor(0.75, dtype=torch.float64)
+        self.options: dict[str, Any] = {"reduction": draw.choice(["none", "mean", "sum"])}
+        self.probabilities = draw.random() < 0.4
+        if self.probabilities:
+            self.values["target"] = torch.rand((*batch, total, *out), dtype=torch.float64)
+        else:
+            self.target = torch.randint(0, total, (*batch, *out))
+            if draw.random() < 0.5:
+                self.target = self.target.masked_fill(torch.rand(self.target.shape) < 0.4, -100)
+        for name, value in (
+            ("label_smoothing", 0.1),
+            ("softcap", 4.0),
+            ("z_loss", 0.05),
+            ("normalizer", 3.5),
+        ):
+            if draw.random() < 0.3:
+                self.options[name] = value
+        if len(batch) == 2 and draw.random() < 0.4:
+            self.options["shift"] = True
+        if draw.random() < 0.3:
+            self.class_weight = torch.rand(total, dtype=torch.float64) + 0.5
+            self.options["weight"] = self.class_weight
+        self.whole_weight = draw.random() < 0.5
+
+    def mine(self, name: str, whole: Tensor) -> Tensor:
+        if name in self.SHARDED:
+            return whole.narrow(0, self.start, self.classes)
+        return whole.narrow(self.dim, self.start, self.classes) if name == "target" else whole
+
+    def leaves(self, mine: bool) -> dict[str, Tensor]:
+        return {
+            name: (self.mine(name, whole) if mine else whole).detach().clone().requires_grad_()
+            for name, whole in self.values.items()
+        }
+
+    def call(self, function: Any, leaves: dict[str, Tensor], **more: Any) -> Any:
+        given = dict(leaves)
+        target = given.pop("target") if self.probabilities else self.target
+        options = {**self.options, **more}
+        if "lora_a" in given:
+            options["lora"] = given.pop("lora_a"), given.pop("lora_b"), 0.5
+        if "bias" in given:
+            options["linear_bias"] = given.pop("bias")
+        if function is not linear_cross_entropy_reference:
+            options |= {"group": self.group, "chunk_size": 3}
+            if self.group is not None and "weight" in self.options and not self.whole_weight:
+                options["weight"] = self.class_weight.narrow(0, self.start, self.classes)
+        return function(given.pop("input"), given.pop("weight"), target, **options, **given)
+
+
+def check_gradients(example: Example) -> None:
+    leaves, exact = example.leaves(mine=True), example.leaves(mine=False)
+    loss = example.call(linear_cross_entropy, leaves)
+    expected = example.call(linear_cross_entropy_reference, exact)
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    assert_near(loss.detach(), expected.detach(), scale=100, message="loss")
+    grads = torch.autograd.grad(loss, list(leaves.values()), upstream, retain_graph=True)
+    again = torch.autograd.grad(loss, list(leaves.values()), upstream)
+    exact_grads = torch.autograd.grad(expected, list(exact.values()), upstream)
+    for name, grad, other, exact_grad in zip(leaves, grads, again, exact_grads, strict=True):
+        assert_near(grad, example.mine(name, exact_grad), scale=1000, message=f"gradient of {name}")
+        assert torch.equal(grad, other), name
+
+
+def check_second_derivatives(example: Example) -> None:
+    leaves, exact = example.leaves(mine=True), example.leaves(mine=False)
+    results = []
+    for function, given in ((linear_cross_entropy, leaves), (linear_cross_entropy_reference, exact)):
+        loss = example.call(function, given).square().sum()
+        grads = torch.autograd.grad(loss, list(given.values()), create_graph=True)
+        parts = sum(g.square().sum() for g in grads)  # what all ranks hold alike counts once
+        results.append(torch.autograd.grad(parts, list(given.values())))
+    for name, grad, exact_grad in zip(leaves, *results, strict=True):
+        expected = example.mine(name, exact_grad)
+        size = max(1.0, expected.abs().max().item() if expected.numel() else 0)
+        assert_near(grad, expected, scale=1000 * size, message=f"second derivative of {name}")
+
+
+def check_metrics(example: Example) -> None:
+    leaves, exact = example.leaves(mine=True), example.leaves(mine=False)
+    loss, metrics = example.call(linear_cross_entropy_with_metrics, leaves)
+    example.group = None
+    expected, exact_metrics = example.call(linear_cross_entropy_with_metrics, exact)
+    assert_near(loss.detach(), expected.detach(), scale=100)
+    for name in ("lse", "logprob", "entropy", "z_loss"):
+        assert_near(getattr(metrics, name), getattr(exact_metrics, name), scale=100, message=name)
+    for name in ("predicted", "correct"):
+        assert torch.equal(getattr(metrics, name), getattr(exact_metrics, name)), name
+    mixed = loss.sum() + (metrics.lse * metrics.entropy).sum()
+    exact_mixed = expected.sum() + (exact_metrics.lse * exact_metrics.entropy).sum()
+    grads = torch.autograd.grad(mixed, list(leaves.values()))
+    exact_grads = torch.autograd.grad(exact_mixed, list(exact.values()))
+    for name, g, e in zip(leaves, grads, exact_grads, strict=True):
+        assert_near(g, example.mine(name, e), scale=1000, message=f"gradient of {name}")
+
+
+CHECKS = {
+    "gradients": check_gradients,
+    "second derivatives": check_second_derivatives,
+    "metrics": check_metrics,
+}
+
+
+def run_examples(size: int, seeds: range, check: str) -> list[str]:
+    group = member(size)
+    if group is None:
+        return []
+    wrong = []
+    for seed in seeds:
+        example = Example(seed, group)
+        forget_agreements(group)
+        try:
+            CHECKS[check](example)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            wrong.append(f"rank {example.rank}, seed {seed}: {text} [{example.options}]")
+    return wrong
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_as_the_unsharded_reference(ranks: Ranks, size: int, check: str) -> None:
+    seeds = range(1000 * size, 1000 * size + 40)
+    assert_none_wrong(ranks(run_examples, size, seeds, check))
+
+
+def messages(reduction: str, backward: bool) -> list[str]:
+    torch.manual_seed(0)
+    x = torch.randn(12, HIDDEN, requires_grad=True)
+    weight = torch.randn(3, HIDDEN, requires_grad=True)
+    group = dist.group.WORLD
+    target = torch.randint(0, 12, (12,))
+    options: dict[str, Any] = {"reduction": reduction, "group": group, "chunk_size": 4}
+    linear_cross_entropy(x, weight, target, **options)  # the ranks agree
+    with profile(activities=[ProfilerActivity.CPU]) as seen:  # a mode would not see into the op
+        loss = linear_cross_entropy(x, weight, target, **options)
+        if backward:
+            loss.sum().backward()
+    return [event.name for event in seen.events() if event.name.startswith("_c10d_functional::all")]
+
+
+def test_one_gather_a_chunk(ranks: Ranks) -> None:
+    for reduction, again in (("mean", 0), ("none", 3)):
+        for seen in ranks(messages, reduction, True):
+            assert sum("all_gather" in name for name in seen) == 3 + again
+            assert sum("all_reduce" in name for name in seen) == 1
+
+
+def compiled(reduction: str) -> tuple[Tensor, ...]:
+    group = dist.group.WORLD
+    assert group is not None
+    torch.manual_seed(1)
+    x, whole = torch.randn(9, HIDDEN, dtype=torch.float64), torch.randn(8, HIDDEN, dtype=torch.float64)
+    target, rank = torch.randint(0, 8, (9,)), dist.get_rank()
+    x.requires_grad_()
+    weight = whole[2 * rank : 2 * rank + 2].clone().requires_grad_()
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            torch.tanh(x), weight, target, reduction=reduction, group=group, chunk_size=4
+        ).sum()
+
+    torch._dynamo.reset()
+    ours = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight)
+    results = (ours, *torch.autograd.grad(ours, (x, weight)))
+    whole.requires_grad_()
+    exact = linear_cross_entropy_reference(torch.tanh(x), whole, target, reduction=reduction).sum()
+    exact_x, exact_weight = torch.autograd.grad(exact, (x, whole))
+    for a, e in zip(results, (exact, exact_x, exact_weight[2 * rank : 2 * rank + 2]), strict=True):
+        torch.testing.assert_close(a, e)
+    return ()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile(ranks: Ranks, reduction: str) -> None:
+    assert ranks(compiled, reduction) == [()] * 4
+
+
+def wrong_call(which: str) -> str:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    x, weight, target = torch.randn(6, HIDDEN), torch.randn(3, HIDDEN), torch.randint(0, 12, (6,))
+    options: dict[str, Any] = {"group": group}
+    if which == "reduction":
+        options["reduction"] = "sum" if rank == 2 else "mean"
+    if which == "gradients" and rank == 1:
+        weight.requires_grad_()
+    if which == "features" and rank == 3:
+        x = x[:, 1:]
+    if which == "target":
+        target[4] = 12
+    if which == "filter":
+        options["gradient_filter"] = 0.5
+    forget_agreements(group)
+    try:
+        linear_cross_entropy(x, weight, target, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("which", "text"),
+    [
+        ("reduction", "RuntimeError: linear_cross_entropy: expected the same call on every rank"),
+        ("gradients", "RuntimeError: linear_cross_entropy: expected the same call on every rank"),
+        ("features", "RuntimeError: linear_cross_entropy: "),
+        ("target", "IndexError: linear_cross_entropy: Target 12 is out of bounds: row 4"),
+        ("filter", "ValueError: linear_cross_entropy: gradient_filter does not go with group"),
+    ],
+)
+def test_errors_reach_every_rank(ranks: Ranks, which: str, text: str) -> None:
+    for said in ranks(wrong_call, which):
+        assert said.startswith(text)
+
+
+def check_dtensor(placement: str) -> tuple[()]:
+    torch.manual_seed(3)
+    mesh = init_device_mesh("cpu", (2, 2) if placement == "mesh" else (4,))
+    sharded = {
+        "mesh": [Replicate(), DShard(0)],
+        "sharded": [DShard(0)],
+        "replicated": [Replicate()],
+    }[placement]
+    replicated = [Replicate()] * mesh.ndim
+    x, weight = torch.randn(6, HIDDEN, dtype=torch.float64), torch.randn(9, HIDDEN, dtype=torch.float64)
+    bias, target = torch.randn(9, dtype=torch.float64), torch.randint(0, 9, (6,))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    expected = linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], z_loss=0.1)
+    exact = torch.autograd.grad(expected, leaves)
+    given = [
+        distribute_tensor(t.clone(), mesh, p).requires_grad_()
+        for t, p in ((x, replicated), (weight, sharded), (bias, sharded))
+    ]
+    loss = linear_cross_entropy(given[0], given[1], target, linear_bias=given[2], z_loss=0.1)
+    torch.testing.assert_close(loss.full_tensor(), expected)
+    for a, e, leaf in zip(torch.autograd.grad(loss, given), exact, given, strict=True):
+        assert a.placements == leaf.placements
+        torch.testing.assert_close(a.full_tensor(), e)
+    _, metrics = linear_cross_entropy_with_metrics(x, given[1], target)
+    assert torch.equal(metrics.predicted.full_tensor(), (x @ weight.t()).argmax(1))
+    with pytest.raises(NotImplementedError, match="linear_weight whose classes"):
+        linear_cross_entropy(given[0], distribute_tensor(weight, mesh, [DShard(1)] * mesh.ndim), target)
+    return ()
+
+
+@pytest.mark.parametrize("placement", ["sharded", "replicated", "mesh"])
+def test_dtensors(ranks: Ranks, placement: str) -> None:
+    assert ranks(check_dtensor, placement) == [()] * 4
