@@ -1,5 +1,5 @@
-# make demo | test | lint | bench | sanitize | cuda-report | sanitize-cuda | mutate-cuda: each sets up what it
-# needs in .venv first.
+# make demo | demo-lm | test | lint | bench | sanitize | cuda-report | sanitize-cuda | mutate-cuda: each sets up
+# what it needs in .venv first.
 # Uses the torch of the active Python where it is new enough, else installs TORCH into .venv.
 # Builds for CUDA too where there is an nvcc, which it never downloads; LOSSOPS_CUDA=0 leaves CUDA out.
 
@@ -12,11 +12,16 @@ EMULATOR := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 BUILT := $(VENV)/.built
 export MAX_JOBS ?= 2
 
-.PHONY: demo test lint format bench sanitize cuda-report check-cuda-report sanitize-cuda mutate-cuda build clean
+.PHONY: demo demo-lm test lint format bench sanitize cuda-report check-cuda-report sanitize-cuda mutate-cuda build clean
 
 demo: build
 	@echo "== Training on scikit-learn's digits and diabetes with lossops and with torch.nn"
 	$(BIN)/python examples/demo.py --out demo-output
+	@echo "== Next: make demo-lm trains a language model without its logits: curves, time and memory (3 minutes)"
+
+demo-lm: build
+	@echo "== Training a language model on Python's own sources, without the logits and with them"
+	$(BIN)/python examples/train_lm.py --out demo-output/lm
 
 test: build
 	@echo "== Running the tests"
