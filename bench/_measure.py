@@ -188,6 +188,8 @@ class Cpu:
                 gc.collect()
                 self._libc.malloc_trim(0)  # freed blocks that it holds on to would hide new ones
                 lossops.empty_cache()  # and so would those that lossops keeps
+                for leaf in leaves:
+                    leaf.detach().amax()  # in memory, if the system has taken pages that were idle
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
                 before = _proc_status("VmRSS")
                 step()
