@@ -183,7 +183,9 @@ class Cpu:
         self._map_each_block(True)
         start = time.perf_counter()
         try:
-            while len(readings) < 3 and time.perf_counter() - start < self.PEAK_SECONDS:
+            while len(readings) < 2 or (
+                len(readings) < 3 and time.perf_counter() - start < self.PEAK_SECONDS
+            ):
                 clear(leaves)
                 gc.collect()
                 self._libc.malloc_trim(0)  # freed blocks that it holds on to would hide new ones
