@@ -221,21 +221,6 @@ def _check_numbers(op: str, chunk_size: Any, gradient_filter: Any) -> None:
         )
 
 
-def _autocast(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], torch.dtype | None]:
-    """As autocast has it: the linear layer in its dtype, the loss in float32."""
-    device = tensors[0].device.type if tensors[0] is not None else "cpu"
-    enabled = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device)
-    if not enabled or not torch.is_autocast_enabled(device):
-        return tensors, None
-    dtype = torch.get_autocast_dtype(device)
-    cast = [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return cast, None if wide else torch.float32
-
-
 def _weighted(
     classes: int, target: Tensor, index_target: bool, weight: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor | None, float]:
@@ -253,159 +238,205 @@ def _weighted(
 # The loss
 
 
-def _run(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int | None,
-    label_smoothing: float,
-    out_dtype: torch.dtype | None,
-    family: Family,
-    chunk_size: int | None,
-    shift: bool,
-    gradient_filter: float | None,
-    lora: Lora | None,
-    ranks: _Ranks | None,
-    metrics: bool,
-) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
-    low = (None, None, 0.0) if lora is None else lora
-    (input, linear_weight, linear_bias, *ab), autocast = _autocast(  # type: ignore[assignment]
-        [input, linear_weight, linear_bias, *low[:2]]
+class _Call(NamedTuple):
+    """The arguments of one loss."""
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: int
+    ignore_index: int | None
+    label_smoothing: float
+    out_dtype: torch.dtype | None
+    family: Family
+    chunk_size: int | None
+    shift: bool
+    gradient_filter: float | None
+    lora: Lora | None
+    ranks: _Ranks | None
+    metrics: bool
+
+    @property
+    def ignored(self) -> int:
+        return -100 if self.ignore_index is None else self.ignore_index
+
+    @property
+    def low_rank(self) -> tuple[Tensor | None, Tensor | None, float]:
+        return (None, None, 0.0) if self.lora is None else self.lora
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the loss."""
+        return loss_dtype(self.input, self.target, self.weight, self.out_dtype)
+
+
+def _under_autocast(call: _Call) -> _Call:
+    """As autocast has it: the linear layer in its dtype, the loss in float32."""
+    device = call.input.device.type
+    enabled = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device)
+    if not enabled or not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    a, b, scaling = call.low_rank
+    tensors = call.input, call.linear_weight, call.linear_bias, a, b
+    cast: list[Any] = [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return call._replace(
+        input=cast[0],
+        linear_weight=cast[1],
+        linear_bias=cast[2],
+        lora=None if call.lora is None else (cast[3], cast[4], scaling),
+        out_dtype=call.out_dtype or (None if wide else torch.float32),
     )
-    shape, index_target = _shape(_OP, input, linear_weight, target, linear_bias, shift)
-    if lora is not None:
-        _check_lora(_OP, input, shape, lora)
-    _check_numbers(_OP, chunk_size, gradient_filter)
-    family.check(_OP, input, list(shape.rows))
-    if not index_target and ignore_index is not None:
+
+
+def _check(call: _Call, shape: _Shape, index_target: bool) -> None:
+    _check_numbers(_OP, call.chunk_size, call.gradient_filter)
+    call.family.check(_OP, call.input, list(shape.rows))
+    if not index_target and call.ignore_index is not None:
         raise RuntimeError(f"{_OP}: ignore_index cannot be specified when target contains probabilities")
-    if not 0 <= label_smoothing <= 1:
-        raise RuntimeError(f"{_OP}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    dtype = loss_dtype(input, target, weight, out_dtype or autocast)
-    ignored = -100 if ignore_index is None else ignore_index
-    shard = None
-    if ranks is not None:
-        tensors = input, linear_weight, linear_bias, target, *ab, family.logit_scale
-        shard = _agree(
-            ranks,
-            shape,
-            weight,
-            gradient_filter,
-            {
-                "rows": "traced" if torch.compiler.is_compiling() else str(shape.rows),
-                "target": "of class indices" if index_target else "of probabilities",
-                "accumulation": str(accumulation(input, target, weight)),
-                "loss": str(dtype),
-                "reduction": str(reduction),
-                "empty": family.empty,
-                "z_loss": str(family.z_loss),
-                "logit_scale": "a tensor" if isinstance(family.logit_scale, Tensor) else "a number",
-                "metrics": str(metrics),
-                "chunk_size": str(chunk_size),
-                "shift": str(shift),
-                "gradients": str([isinstance(t, Tensor) and t.requires_grad for t in tensors]),
-                "grad mode": str(torch.is_grad_enabled()),
-                "row_weight": "absent" if family.row_weight is None else "given",
-                "normalizer": "absent" if family.normalizer is None else "given",
-            },
-        )
-        weight = _weight_of(shard, weight)
-    elif weight is not None and (weight.dim() != 1 or weight.shape[0] != shape.classes):
+    if not 0 <= call.label_smoothing <= 1:
+        raise RuntimeError(f"{_OP}: label_smoothing must be between 0.0 and 1.0. Got: {call.label_smoothing}")
+    weight = call.weight
+    if call.ranks is None and weight is not None and tuple(weight.shape) != (shape.classes,):
         raise RuntimeError(
             f"{_OP}: weight tensor should be defined either for all {shape.classes} classes or no classes "
             f"but got weight tensor of shape: {tuple(weight.shape)}"
         )
-    total_classes = shape.classes if shard is None else shard.total
 
+
+def _flat(call: _Call, shape: _Shape, index_target: bool) -> tuple[Tensor, Tensor | None, Family]:
+    """Target and row weight as the rows of a head have them, and the family with those that are kept."""
+    target, family = call.target, call.family
     if index_target:
         target = target.long()  # or a narrow target would meet the ignored class modulo its own range
-    target = shape.moved(target, ignored if index_target else 0.0)
-    flat = (shape.classes, *shape.positions) if not index_target else shape.positions
+    target = shape.moved(target, call.ignored if index_target else 0.0)
+    flat = shape.positions if index_target else (shape.classes, *shape.positions)
     target = target.reshape(math.prod(shape.batch), *flat)
-    given = target
-    smoothing = label_smoothing
-    if weight is not None and may_be_differentiated(weight):
-        target, weight, smoothing = _weighted(total_classes, target, index_target, weight, label_smoothing)
     row_weight = family.row_weight
     if row_weight is not None:
         row_weight = shape.moved(row_weight.reshape(shape.rows), 0.0)
         family = family._replace(row_weight=shape.kept(row_weight))
-    elif shift and not index_target:
-        row_weight = shape.moved(input.new_ones(shape.rows), 0.0)
+    elif call.shift and not index_target:
+        row_weight = shape.moved(call.input.new_ones(shape.rows), 0.0)
     if row_weight is not None:
         row_weight = row_weight.reshape(-1, *shape.positions)
+    return target, row_weight, family
 
-    scale_tensor, scale = family.scale(accumulation(input, target, weight), input.device)
-    width = shape.classes * math.prod(shape.out)
-    count = math.prod(shape.batch)
-    filtering = gradient_filter is not None and index_target and smoothing == 0 and not shape.out
-    if gradient_filter is not None and not filtering:
+
+def _head(call: _Call, shape: _Shape, target: Tensor, index_target: bool, shard: Shard | None) -> Head:
+    input, weight, smoothing = call.input, call.weight, call.label_smoothing
+    if weight is not None and may_be_differentiated(weight):
+        classes = shape.classes if shard is None else shard.total
+        target, weight, smoothing = _weighted(classes, target, index_target, weight, smoothing)
+    scale_tensor, scale = call.family.scale(accumulation(input, target, weight), input.device)
+    width, count = shape.classes * math.prod(shape.out), math.prod(shape.batch)
+    filtering = call.gradient_filter is not None and index_target and smoothing == 0 and not shape.out
+    if call.gradient_filter is not None and not filtering:
         note("gradient_filter: every class is part of some target here, and none is left out")
-    head = Head(
-        input.reshape(count, input.shape[-1]),
-        linear_weight.reshape(width, input.shape[-1]),
-        None if linear_bias is None else linear_bias.reshape(width),
-        target,
-        weight,
-        scale_tensor,
-        ab[0],
-        None if ab[1] is None else ab[1].reshape(width, ab[1].shape[-1]),
-        low[2],
-        shape.classes,
-        scale,
-        float(family.softcap or 0.0),
-        ignored,
-        smoothing,
-        metrics,
-        metrics,
-        chunk_size or default_chunk(count, width if shard is None else -(-shard.total // shard.size)),
-        float(gradient_filter or 0.0) if filtering else 0.0,
-        "" if shard is None else shard.group,
-        () if shard is None else (shard.size, shard.start, shard.total, shard.digest),
+    a, b, scaling = call.low_rank
+    bias = call.linear_bias
+    # Ranks have different numbers of classes, and chunks of the same rows.
+    widest = width if shard is None else -(-shard.total // shard.size) * math.prod(shape.out)
+    return Head(
+        x=input.reshape(count, input.shape[-1]),
+        weight=call.linear_weight.reshape(width, input.shape[-1]),
+        bias=None if bias is None else bias.reshape(width),
+        target=target,
+        class_weight=weight,
+        scale_tensor=scale_tensor,
+        lora_a=a,
+        lora_b=None if b is None else b.reshape(width, b.shape[-1]),
+        lora_scaling=scaling,
+        classes=shape.classes,
+        scale=scale,
+        softcap=float(call.family.softcap or 0.0),
+        ignore_index=call.ignored,
+        label_smoothing=smoothing,
+        entropy=call.metrics,
+        predicted=call.metrics,
+        chunk=call.chunk_size or default_chunk(count, widest),
+        gradient_filter=float(call.gradient_filter or 0.0) if filtering else 0.0,
+        group="" if shard is None else shard.group,
+        shard=() if shard is None else (shard.size, shard.start, shard.total, shard.digest),
     )
+
+
+def _run(call: _Call) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
+    call = _under_autocast(call)
+    shape, index_target = _shape(
+        _OP, call.input, call.linear_weight, call.target, call.linear_bias, call.shift
+    )
+    if call.lora is not None:
+        _check_lora(_OP, call.input, shape, call.lora)
+    _check(call, shape, index_target)
+    shard = None
+    if call.ranks is not None:
+        shard = _agree(call, call.ranks, shape, index_target)
+        call = call._replace(weight=_weight_of(shard, call.weight))
+    target, row_weight, family = _flat(call, shape, index_target)
+    head = _head(call, shape, target, index_target, shard)
     _note_chunks(head)
-    nothing = shift and input.shape[-2] < 2  # no position has a next one
-    if reduction != NONE and wants_total(head) and not nothing:
-        total, planes, predicted, filtered = linear_total(head, row_weight, family, metrics)
+    nothing = call.shift and call.input.shape[-2] < 2  # no position has a next one
+    if call.reduction != NONE and wants_total(head) and not nothing:
+        total, planes, predicted, filtered = linear_total(head, row_weight, family, call.metrics)
         rows = shape.kept(planes, 1)
-        if reduction == MEAN:
+        if call.reduction == MEAN:
             total = mean_of(total, *mean_divisor(rows, family))
-        loss = total.to(dtype)
+        loss = total.to(call.dtype)
     else:
         planes, predicted, filtered = linear_rows(head)
         rows = shape.kept(planes, 1)
-        loss = reduced(rows, reduction, dtype, family)
-    if not metrics:
+        loss = reduced(rows, call.reduction, call.dtype, family)
+    if not call.metrics:
         return loss, None
-    return loss, _metrics(head, shape, rows, given, label_smoothing, family, predicted, filtered)
+    smoothing = call.label_smoothing
+    return loss, _metrics(head, shape, rows, target, smoothing, family, predicted, filtered)
 
 
-def _agree(
-    ranks: _Ranks,
-    shape: _Shape,
-    weight: Tensor | None,
-    gradient_filter: float | None,
-    call: dict[str, str],
-) -> Shard:
+def _agree(call: _Call, ranks: _Ranks, shape: _Shape, index_target: bool) -> Shard:
     """This rank's shard, when all ranks mean the same call."""
-    if gradient_filter is not None:
+    weight, family = call.weight, call.family
+    if call.gradient_filter is not None:
         raise ValueError(f"{_OP}: gradient_filter does not go with group: a rank knows its own classes alone")
     if weight is not None and (weight.dim() != 1 or not weight.is_floating_point()):
         raise RuntimeError(
             f"{_OP}: expected weight of one dimension and a floating dtype, got shape {tuple(weight.shape)} "
             f"of {weight.dtype}"
         )
-    call |= {"weight": "absent" if weight is None else "given", "out": str(shape.out)}
-    call["vocab_size"] = str(ranks.vocab_size)
+    a, b, _ = call.low_rank
+    tensors = call.input, call.linear_weight, call.linear_bias, call.target, a, b, family.logit_scale
+    optional = {"weight": weight, "row_weight": family.row_weight, "normalizer": family.normalizer}
+    description = {
+        # Traced sizes may be symbols; the number of rows is in each message beside.
+        "rows": "traced" if torch.compiler.is_compiling() else str(shape.rows),
+        "positions": str(shape.out),
+        "target": "of class indices" if index_target else "of probabilities",
+        "accumulation": str(accumulation(call.input, call.target, weight)),
+        "loss": str(call.dtype),
+        "reduction": str(call.reduction),
+        "empty": family.empty,
+        "z_loss": str(family.z_loss),
+        "logit_scale": "a tensor" if isinstance(family.logit_scale, Tensor) else "a number",
+        "metrics": str(call.metrics),
+        "chunk_size": str(call.chunk_size),
+        "shift": str(call.shift),
+        "gradients": str([isinstance(t, Tensor) and t.requires_grad for t in tensors]),
+        "grad mode": str(torch.is_grad_enabled()),
+        "vocab_size": str(ranks.vocab_size),
+        **{name: "absent" if option is None else "given" for name, option in optional.items()},
+    }
     # Numbers, where Dynamo may have symbols: of one it makes no range.
     classes = len(range(shape.classes))
     weights = None if weight is None else len(range(weight.shape[0]))
     ranks.asked = True
     name = group_name(_OP, ranks.group)
-    return agree(_OP, name, tuple(call.items()), classes, ranks.vocab_start, weights)
+    return agree(_OP, name, tuple(description.items()), classes, ranks.vocab_start, weights)
 
 
 def _weight_of(shard: Shard, weight: Tensor | None) -> Tensor | None:
@@ -698,7 +729,7 @@ def _checked(
     ranks = rest[-2]
     try:
         options = code, ignore_index, label_smoothing, checked_dtype(_OP, out_dtype), *rest
-        return _run(input, linear_weight, target, linear_bias, weight, *options)
+        return _run(_Call(input, linear_weight, target, linear_bias, weight, *options))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if ranks is not None and not ranks.asked and not torch.compiler.is_compiling():
             announce_failure(group_name(_OP, ranks.group), error)
