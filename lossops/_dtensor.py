@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ._autograd import MEAN, NONE, autocast_dtype, reduction_code
@@ -16,6 +17,18 @@ from ._explain import note
 from ._family import CrossEntropyMetrics, checked_dtype, loss_dtype
 from ._rows import class_dim
 from .vocab_parallel import Arguments, sharded_loss
+
+
+def _local(op: str, mesh: DeviceMesh, x: Any, placements: Sequence[Placement]) -> Any:
+    """This rank's part of a tensor, of which one that is no DTensor is replicated; numbers and None as they
+    are."""
+    if not isinstance(x, Tensor):
+        return x
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    elif x.device_mesh != mesh:
+        raise ValueError(f"{op}: expected DTensors of one mesh, got {mesh} and {x.device_mesh}")
+    return x.redistribute(placements=placements).to_local()
 
 
 class _Layout:
@@ -53,14 +66,7 @@ class _Layout:
         self.row_groups = [self.mesh.get_group(k).group_name for k in self.over_rows]
 
     def local(self, x: Any, placements: Sequence[Placement]) -> Any:
-        """This rank's part of a tensor; numbers and None as they are."""
-        if not isinstance(x, Tensor):
-            return x
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, self.mesh, self.replicated, run_check=False)
-        elif x.device_mesh != self.mesh:
-            raise ValueError(f"{self.op}: expected DTensors of one mesh, got {self.mesh} and {x.device_mesh}")
-        return x.redistribute(placements=placements).to_local()
+        return _local(self.op, self.mesh, x, placements)
 
     def shared(self, x: Any) -> Any:
         """The whole of a tensor, whose gradient is summed over the rows of all ranks."""
@@ -141,7 +147,7 @@ def _local_loss(
 
 
 def linear_loss_of_dtensor(
-    input: Tensor, linear_weight: DTensor, target: Tensor, options: dict[str, Any], metrics: bool = False
+    input: Tensor, linear_weight: Tensor, target: Tensor, options: dict[str, Any], metrics: bool = False
 ) -> tuple[DTensor, Any]:
     """The linear head whose weight is sharded over its classes (dimension 0) or replicated; the results are
     replicated, and so are input and target. What has another placement is moved."""
@@ -161,13 +167,7 @@ def linear_loss_of_dtensor(
     replicated: list[Placement] = [Replicate()] * mesh.ndim
 
     def local(x: Any, placements: Sequence[Placement]) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, mesh, replicated, run_check=False)
-        elif x.device_mesh != mesh:
-            raise ValueError(f"{op}: expected DTensors of one mesh, got {mesh} and {x.device_mesh}")
-        return x.redistribute(placements=placements).to_local()
+        return _local(op, mesh, x, placements)
 
     def of_classes(x: Any, dim: int = 0) -> Any:
         return local(x, [Shard(dim) if k in over else Replicate() for k in range(mesh.ndim)])

@@ -134,6 +134,16 @@ def explain_bad_option(op: str, ignore_index: Any, label_smoothing: Any) -> None
         raise TypeError(f"{op}: expected label_smoothing to be a float, got {label_smoothing!r}")
 
 
+def options_given(module: torch.nn.Module, defaults: dict[str, Any]) -> str:
+    """A module's options that are not the defaults, as its `extra_repr`."""
+    given = {name: getattr(module, name) for name in defaults}
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in given.items()
+        if isinstance(value, Tensor) or value != defaults[name]
+    )
+
+
 def loss_dtype(
     logits: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None
 ) -> torch.dtype:

@@ -16,11 +16,11 @@ from . import _rows
 from ._distributed import Replicated, Shard, all_gather, all_reduce
 from .vocab_parallel import (
     LocalTarget,
-    _most_probable,
     best_classes,
     candidate,
     global_planes,
     local_target,
+    most_probable,
     own_gradients,
     sharded_rows,
 )
@@ -106,7 +106,7 @@ def whole_gradients(head: Head, wanted: list[str], g: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(planes, leaves, g, create_graph=True))
 
 
-def most_probable(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:
+def most_probable_of_all(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:
     """Each row's most probable class of all ranks; `like` has the rows' shape and the planes' dtype."""
-    mine = _most_probable(shard, probabilities, like).unsqueeze(0)
+    mine = most_probable(shard, probabilities, like).unsqueeze(0)
     return best_classes(all_gather(mine, shard.group, shard.size))[0]

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ._autograd import accumulation, differentiates_backward, is_batched, is_tra
 from ._explain import note
 from ._family import Family, row_losses, upstream, weighted_losses, without_unused
 from ._linear_ranks import Ranks, whole_gradients, whole_rows
-from ._rows import row_functions, transform_reference
+from ._rows import row_functions, transform_reference, with_values
 
 # Whether this processor multiplies bfloat16. Asked once, and not where torch.compile would have to trace the
 # question, which it refuses to.
@@ -224,7 +224,7 @@ class _Chunk(NamedTuple):
 def _check_target(head: Head) -> None:
     """What the kernels raise, who see a chunk's rows, and a shard's classes, and know no others."""
     classes = head.shard[2] if head.group else head.classes
-    bad = head.counted & ((head.target < 0) | (head.target >= classes))
+    bad = head.counted & ~_known(head.target, classes)
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise IndexError(
@@ -271,8 +271,8 @@ class _Planes(NamedTuple):
     """Of the logits that are here."""
     whole: Tensor
     """Of those of all classes."""
-    pull: Callable[[Tensor], Tensor]
-    """From the gradients of `whole` to those of `own`."""
+    pull: Callable[[Tensor], Tensor] | None
+    """From the gradients of `whole` to those of `own`, where these are others."""
     classes: Tensor | None
     """Those that the gradients are made of, if not all."""
 
@@ -300,7 +300,7 @@ class _Results:
         planes, predicted = _rows._forward(
             own.shaped(chunk.z), *tensors, *own.options, own.entropy, own.predicted
         )
-        whole, pull = planes, cast(Callable[[Tensor], Tensor], _as_it_is)
+        whole, pull = planes, None
         if self.ranks is not None:
             whole, predicted, pull = self.ranks.combine(chunk.rows, planes, predicted)
         self.planes[:, chunk.rows] = whole
@@ -313,10 +313,6 @@ class _Results:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.planes, self.predicted, self.filtered
-
-
-def _as_it_is(g: Tensor) -> Tensor:
-    return g
 
 
 def _likely_classes(head: Head, chunk: _Chunk, planes: Tensor) -> Tensor | None:
@@ -335,7 +331,7 @@ def _likely_classes(head: Head, chunk: _Chunk, planes: Tensor) -> Tensor | None:
         above = torch.maximum(above, (u - least[rows, None]).amax(0))  # NaN: kept
     keep = ~(above < 0)
     keep[:1] = True
-    keep[chunk.target.where(counted & _known(head, chunk.target), 0)] = True
+    keep[chunk.target.where(counted & _known(chunk.target, head.classes), 0)] = True
     return keep.nonzero().squeeze(1)
 
 
@@ -351,9 +347,9 @@ def _mass(head: Head, chunk: _Chunk, planes: Tensor, classes: Tensor) -> Tensor:
     return mass.masked_fill(chunk.target == head.ignore_index, 1)
 
 
-def _known(head: Head, target: Tensor) -> Tensor:
+def _known(target: Tensor, classes: int) -> Tensor:
     """Which targets are classes: on a GPU nothing has stopped the others."""
-    return (target >= 0) & (target < head.classes)
+    return (target >= 0) & (target < classes)
 
 
 def _own_terms(head: Head, planes: Tensor, g: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,7 +366,7 @@ def _own_terms(head: Head, planes: Tensor, g: Tensor, target: Tensor) -> tuple[T
     if head.softcap:
         slope = slope * (1 - ((planes[_rows.PICKED] + planes[_rows.MAX]) / head.softcap).square())
     nothing = (target == head.ignore_index) | (g == 0).all(0)
-    y = target.where(_known(head, target), 0)
+    y = target.where(_known(target, head.classes), 0)
     return y, (slope * own).masked_fill(nothing, 0), (slope * rest).masked_fill(nothing, 0)
 
 
@@ -398,14 +394,16 @@ class _Gradients:
         `g`: the gradients of the planes of all classes.
         """
         head, needs = self.head, self.needs
-        planes, classes, g = of.own, of.classes, of.pull(g)
+        planes, classes = of.own, of.classes
+        if of.pull is not None:
+            g = of.pull(g)
         z = head.shaped(chunk.z)
         target, class_weight, options = chunk.target, head.class_weight, head.options
         position = None
         if classes is not None:
             position = target.new_full((head.classes,), -1, dtype=torch.int64)
             position[classes] = torch.arange(len(classes), device=position.device)
-            known = _known(head, target)
+            known = _known(target, head.classes)
             place = position[target.where(known, 0)].where(known, len(classes))  # that class is unknown, too
             target = place.where(target != head.ignore_index, -1)
             z = z.index_select(1, classes)
@@ -527,7 +525,7 @@ def _rows_backward_impl(grad_rows: Tensor, rows: Tensor, *args: Any) -> tuple[Te
             planes = results.add(chunk)
         else:
             kept = rows[:, chunk.rows]
-            planes = _Planes(kept, kept, _as_it_is, _likely_classes(head, chunk, kept))
+            planes = _Planes(kept, kept, None, _likely_classes(head, chunk, kept))
         gradients.add(chunk, planes, grad_rows[:, chunk.rows])
     return tuple(
         grad.to(x.dtype) if need else grad
@@ -542,12 +540,20 @@ def _total_impl(row_weight: Tensor | None, z_loss: float, *args: Any) -> tuple[T
     gradients = _Gradients(results, needs)
     for chunk in results.chunks():
         planes = results.add(chunk)
-        whole = planes.whole
-        family = Family(z_loss=z_loss, row_weight=None if row_weight is None else row_weight[chunk.rows])
-        used = without_unused(whole, family)
-        g = whole.new_ones(()) if family.row_weight is None else family.row_weight.to(whole.dtype)
-        gradients.add(chunk, planes, upstream(used, g.expand(whole.shape[1:]), z_loss))
+        weight = None if row_weight is None else row_weight[chunk.rows]
+        gradients.add(chunk, planes, _upstream_of_total(planes.whole, weight, z_loss))
     return results.tensors() + gradients.tensors()
+
+
+def _upstream_of_total(
+    planes: Tensor, row_weight: Tensor | None, z_loss: float, factor: Tensor | None = None
+) -> Tensor:
+    """The gradients of the planes in the sum of all losses, or in `factor` times that."""
+    g = planes.new_ones(planes.shape[1:]) if row_weight is None else row_weight.to(planes.dtype)
+    g = g.reshape(planes.shape[1:])
+    if factor is not None:
+        g = g * factor.to(planes.dtype)
+    return upstream(without_unused(planes, Family(z_loss=z_loss, row_weight=row_weight)), g, z_loss)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -621,7 +627,7 @@ def linear_rows(head: Head) -> tuple[Tensor, Tensor, Tensor]:
             )
         planes, predicted = general_rows(head)
         return planes, predicted, planes.new_zeros((0,))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.tensors):
+    if _needs_gradient(head):
         return LinearRows.apply(*head)
     planes, predicted, filtered = _rows_forward(*head)
     return planes, predicted, filtered
@@ -640,6 +646,10 @@ def wants_total(head: Head) -> bool:
     """Whether a sum's gradients are to be computed with it: something here needs one."""
     if is_transformed() and not torch.compiler.is_compiling():
         return False
+    return _needs_gradient(head)
+
+
+def _needs_gradient(head: Head) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.tensors)
 
 
@@ -716,12 +726,9 @@ def _of_total(head, planes, row_weight, z_loss, needs, grad_total, grad_planes):
     differentiable = differentiates_backward()
     if differentiable:
         planes = general_rows(head)[0]
-    family = Family(z_loss=z_loss, row_weight=row_weight)
     g, to_weight = grad_planes, None
     if grad_total is not None:
-        weight = torch.ones_like(planes[0].detach()) if row_weight is None else row_weight.to(planes.dtype)
-        of_total = weight.reshape(planes.shape[1:]) * grad_total.to(planes.dtype)
-        of_total = upstream(without_unused(planes, family), of_total, z_loss)
+        of_total = _upstream_of_total(planes, row_weight, z_loss, grad_total)
         g = of_total if g is None else g + of_total
         to_weight = _to_row_weight(planes, row_weight, z_loss, grad_total)
     if differentiable:
@@ -776,8 +783,7 @@ class _Plan:
 
         def function(*args):
             def of_wanted(*values):
-                replaced = dict(zip(wanted, values, strict=True))
-                outputs = self.function(*(replaced.get(k, x) for k, x in enumerate(args[:count])))
+                outputs = self.function(*with_values(args[:count], wanted, values))
                 return tuple(outputs[k] for k in given)
 
             pull = torch.func.vjp(of_wanted, *(args[k] for k in wanted))[1]
@@ -792,8 +798,7 @@ class _Plan:
 
         def function(*args):
             def of_moving(*values):
-                replaced = dict(zip(moving, values, strict=True))
-                return self.function(*(replaced.get(k, x) for k, x in enumerate(args[:count])))
+                return self.function(*with_values(args[:count], moving, values))
 
             # The pullback is linear, and its own pullback the derivative along tangents. torch.func.jvp would
             # be shorter, and does not nest in torch.autograd.forward_ad.
@@ -856,8 +861,7 @@ class Chunked(Function):
             return None, *(None for _ in ctx.plan.inputs)
         plan = ctx.plan.vjp(wanted, given)
         results = Chunked.apply(plan, *ctx.saved_tensors, *(grads[k] for k in given))
-        by_input = dict(zip(wanted, results, strict=True))
-        return None, *(by_input.get(k) for k in range(len(ctx.plan.inputs)))
+        return None, *with_values([None] * len(ctx.plan.inputs), wanted, results)
 
     @staticmethod
     def jvp(ctx, _, *tangents):

@@ -55,6 +55,14 @@ def per_class(weight: Tensor, logits: Tensor) -> Tensor:
     return weight.view(shape)
 
 
+def weighted_probabilities(target: Tensor, weight: Tensor, label_smoothing: float, classes: int) -> Tensor:
+    """Probabilities with class weights and smoothing over `classes` in them, where a class weight may need a
+    derivative: a target gets one."""
+    note("the class weight may need a derivative: a weighted copy of the target is made")
+    mixed = (1 - label_smoothing) * target + label_smoothing / max(classes, 1)
+    return per_class(weight, target) * mixed
+
+
 # --------------------------------------------------------------------------------------------------
 # Reference
 
@@ -132,6 +140,19 @@ def rows_reference(
 # Meta implementations: shapes and dtypes, for fake tensors, torch.compile and the meta device
 
 
+def check_class_weight(op: str, weight: Tensor | None, classes: Any) -> None:
+    if weight is not None and (weight.dim() != 1 or weight.shape[0] != classes):
+        raise RuntimeError(
+            f"{op}: weight tensor should be defined either for all {classes} classes or no classes "
+            f"but got weight tensor of shape: {tuple(weight.shape)}"
+        )
+
+
+def check_smoothing(op: str, label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"{op}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+
+
 def row_shape(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[list[Any], bool]:
     """The rows' shape, and whether the target holds class indices; the ops' own checks in short."""
     if logits.dim() == 0:
@@ -139,11 +160,7 @@ def row_shape(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) ->
     check_devices(op, logits, target=target, weight=weight)
     dim = class_dim(logits)
     classes = logits.shape[dim]
-    if weight is not None and (weight.dim() != 1 or weight.shape[0] != classes):
-        raise RuntimeError(
-            f"{op}: weight tensor should be defined either for all {classes} classes or no classes "
-            f"but got weight tensor of shape: {tuple(weight.shape)}"
-        )
+    check_class_weight(op, weight, classes)
     rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
     if target.shape == logits.shape:
         if not target.is_floating_point():
@@ -709,7 +726,7 @@ class RowsBackwardBackward(Function):
         return results, (results[0].dim() - 1, *fold.gradient_dims(*needs[1:3]), None)
 
 
-def _with(tensors, places, values):
+def with_values(tensors, places, values):
     """The tensors, with other values at some places."""
     given = dict(zip(places, values, strict=True))
     return [given.get(k, t) for k, t in enumerate(tensors)]
@@ -719,12 +736,14 @@ def _plain_vjp(function, tensors, needs, grads):
     """The gradient to each tensor that needs one, of a function in plain PyTorch."""
     places = [k for k, need in enumerate(needs) if need]
     primals = [tensors[k] for k in places]
-    outputs, vjp, *_ = torch.func.vjp(lambda *values: function(*_with(tensors, places, values)), *primals)
+    outputs, vjp, *_ = torch.func.vjp(
+        lambda *values: function(*with_values(tensors, places, values)), *primals
+    )
     grads = tuple(
         torch.zeros_like(out) if grad is None else grad.to(out.dtype)
         for grad, out in zip(grads, outputs, strict=True)
     )
-    return _with([None] * len(tensors), places, vjp(grads))
+    return with_values([None] * len(tensors), places, vjp(grads))
 
 
 def _plain_jvp(function, tensors, tangents):
@@ -734,7 +753,7 @@ def _plain_jvp(function, tensors, tangents):
 
     def along(*values):
         def of_moving(*moving):
-            return function(*_with(values[:count], places, moving))
+            return function(*with_values(values[:count], places, moving))
 
         return torch.func.jvp(of_moving, tuple(values[k].clone() for k in places), values[count:])[1]
 

@@ -47,18 +47,20 @@ from ._family import (
     logprobs,
     loss_dtype,
     metrics_of,
+    options_given,
     reduced,
     upstream,
 )
 from ._rows import (
     NO_WEIGHT_DERIVATIVE,
     RowsBackward,
+    check_smoothing,
     class_dim,
-    per_class,
     row_functions,
     row_shape,
     target_weights_reference,
     transform_reference,
+    weighted_probabilities,
 )
 from ._small import addresses, empty_scalar, gradient_addresses, short_apply
 
@@ -599,14 +601,9 @@ def _weighted_target(
         if weight.requires_grad:
             raise RuntimeError(NO_WEIGHT_DERIVATIVE)
         return target, weight, label_smoothing
-    if not 0 <= label_smoothing <= 1:
-        raise RuntimeError(
-            f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
-        )
-    note("the class weight may need a derivative: a weighted copy of the target is made")
+    check_smoothing("cross_entropy", label_smoothing)
     classes = input.size(class_dim(input))
-    t = per_class(weight, input) * ((1 - label_smoothing) * target + label_smoothing / max(classes, 1))
-    return t, None, 0.0
+    return weighted_probabilities(target, weight, label_smoothing, classes), None, 0.0
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -676,9 +673,4 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
     def extra_repr(self) -> str:
-        given = {name: getattr(self, name) for name in self._DEFAULTS}
-        return ", ".join(
-            f"{name}={value}"
-            for name, value in given.items()
-            if isinstance(value, Tensor) or value != self._DEFAULTS[name]
-        )
+        return options_given(self, self._DEFAULTS)

@@ -25,7 +25,7 @@ from ._autograd import (
     may_be_differentiated,
     reduction_code,
 )
-from ._distributed import Replicated, Shard, agree, announce_failure, group_name
+from ._distributed import Shard, agree, announce_failure, group_name
 from ._explain import note
 from ._family import (
     Family,
@@ -36,12 +36,14 @@ from ._family import (
     mean_divisor,
     mean_of,
     metrics_of,
+    options_given,
     reduced,
 )
-from ._linear_ranks import most_probable, shard_of
+from ._linear_ranks import most_probable_of_all, shard_of
 from ._linear_rows import Head, default_chunk, linear_rows, linear_total, product_dtype, wants_total
-from ._rows import NO_WEIGHT_DERIVATIVE, per_class
+from ._rows import NO_WEIGHT_DERIVATIVE, check_class_weight, check_smoothing, weighted_probabilities
 from .cross_entropy import _is_dtensor, cross_entropy_reference
+from .vocab_parallel import weight_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -137,87 +139,86 @@ class _Shape(NamedTuple):
 
 
 def _shape(
-    op: str, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, shift: bool
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, shift: bool
 ) -> tuple[_Shape, bool]:
     """The shapes of a call, and whether the target holds class indices."""
     if input.dim() < 1:
-        raise RuntimeError(f"{op}: expected input with dimensionality at least 1, got {input.dim()}")
+        raise RuntimeError(f"{_OP}: expected input with dimensionality at least 1, got {input.dim()}")
     if linear_weight.dim() < 2:
         raise RuntimeError(
-            f"{op}: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+            f"{_OP}: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
         )
-    check_devices(op, input, linear_weight=linear_weight, target=target, linear_bias=linear_bias)
+    check_devices(_OP, input, linear_weight=linear_weight, target=target, linear_bias=linear_bias)
     if input.shape[-1] != linear_weight.shape[-1]:
         raise RuntimeError(
-            f"{op}: expected equal input and linear_weight last dimensions (in_features), got "
+            f"{_OP}: expected equal input and linear_weight last dimensions (in_features), got "
             f"{input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
         )
     shape = _Shape(tuple(input.shape[:-1]), linear_weight.shape[0], tuple(linear_weight.shape[1:-1]), shift)
     if linear_bias is not None and tuple(linear_bias.shape) != (shape.classes, *shape.out):
         raise RuntimeError(
-            f"{op}: expected linear_bias shape {(shape.classes, *shape.out)}, got {tuple(linear_bias.shape)}"
+            f"{_OP}: expected linear_bias shape {(shape.classes, *shape.out)}, got {tuple(linear_bias.shape)}"
         )
     if shape.out and not shape.batch:
         raise RuntimeError(
-            f"{op}: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires "
+            f"{_OP}: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires "
             f"batched input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
         )
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             raise RuntimeError(
-                f"{op}: expected input and {name} to have the same dtype, but got: {input.dtype} != "
+                f"{_OP}: expected input and {name} to have the same dtype, but got: {input.dtype} != "
                 f"{tensor.dtype}"
             )
     if shift and not shape.batch:
-        raise ValueError(f"{op}: shift=True wants input of shape (..., T, H), got {tuple(input.shape)}")
-    return shape, _index_target(op, shape, target)
+        raise ValueError(f"{_OP}: shift=True wants input of shape (..., T, H), got {tuple(input.shape)}")
+    return shape, _index_target(shape, target)
 
 
-def _index_target(op: str, shape: _Shape, target: Tensor) -> bool:
+def _index_target(shape: _Shape, target: Tensor) -> bool:
     got = tuple(target.shape)
     if got == (*shape.batch, shape.classes, *shape.out):
         if not target.is_floating_point():
             raise RuntimeError(
-                f"{op}: Expected floating point type for target with class probabilities, got {target.dtype}"
+                f"{_OP}: Expected floating point type for target with class probabilities, got {target.dtype}"
             )
         return False
     if got != shape.rows and not (not shape.rows and got == (1,)):
         by_batch = not got or not shape.batch or got[0] != shape.batch[0]
         raise (ValueError if by_batch else RuntimeError)(
-            f"{op}: expected target of shape {shape.rows} for input of shape (*, H) = {(*shape.batch, '*')} "
+            f"{_OP}: expected target of shape {shape.rows} for input of shape (*, H) = {(*shape.batch, '*')} "
             f"and {shape.classes} classes, got {got}"
         )
     if target.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise RuntimeError(
-            f"{op}: expected target dtype to be Long, Int or Byte for class indices, got {target.dtype}"
+            f"{_OP}: expected target dtype to be Long, Int or Byte for class indices, got {target.dtype}"
         )
     return True
 
 
-def _check_lora(op: str, input: Tensor, shape: _Shape, lora: Any) -> Lora:
+def _check_lora(input: Tensor, shape: _Shape, lora: Any) -> None:
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
-        raise TypeError(f"{op}: expected lora to be (A, B, scaling), got {type(lora).__name__}")
+        raise TypeError(f"{_OP}: expected lora to be (A, B, scaling), got {type(lora).__name__}")
     a, b, scaling = lora
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"{op}: expected lora to be two Tensors and a float")
-    check_devices(op, input, lora_a=a, lora_b=b)
+        raise TypeError(f"{_OP}: expected lora to be two Tensors and a float")
+    check_devices(_OP, input, lora_a=a, lora_b=b)
     wanted = (shape.classes, *shape.out)
     if a.dim() != 2 or a.shape[1] != input.shape[-1] or tuple(b.shape) != (*wanted, a.shape[0]):
         raise RuntimeError(
-            f"{op}: expected lora to be A of shape (r, {input.shape[-1]}) and B of shape "
+            f"{_OP}: expected lora to be A of shape (r, {input.shape[-1]}) and B of shape "
             f"{(*wanted, 'r')}, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    return a, b, float(scaling)
 
 
-def _check_numbers(op: str, chunk_size: Any, gradient_filter: Any) -> None:
+def _check_numbers(chunk_size: Any, gradient_filter: Any) -> None:
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"{op}: expected chunk_size to be a positive int or None, got {chunk_size!r}")
+        raise ValueError(f"{_OP}: expected chunk_size to be a positive int or None, got {chunk_size!r}")
     if gradient_filter is not None and (
         not isinstance(gradient_filter, float) or not 0 < gradient_filter < 1
     ):
         raise ValueError(
-            f"{op}: expected gradient_filter to be a float between 0 and 1, or None, got {gradient_filter!r}"
+            f"{_OP}: expected gradient_filter to be a float between 0 and 1, or None, got {gradient_filter!r}"
         )
 
 
@@ -229,9 +230,7 @@ def _weighted(
         if weight.requires_grad:
             raise RuntimeError(NO_WEIGHT_DERIVATIVE.replace("cross_entropy", _OP, 1))
         return target, weight, label_smoothing
-    note("the class weight may need a derivative: a weighted copy of the target is made")
-    mixed = (1 - label_smoothing) * target + label_smoothing / max(classes, 1)
-    return per_class(weight, target) * mixed, None, 0.0
+    return weighted_probabilities(target, weight, label_smoothing, classes), None, 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,18 +295,13 @@ def _under_autocast(call: _Call) -> _Call:
 
 
 def _check(call: _Call, shape: _Shape, index_target: bool) -> None:
-    _check_numbers(_OP, call.chunk_size, call.gradient_filter)
+    _check_numbers(call.chunk_size, call.gradient_filter)
     call.family.check(_OP, call.input, list(shape.rows))
     if not index_target and call.ignore_index is not None:
         raise RuntimeError(f"{_OP}: ignore_index cannot be specified when target contains probabilities")
-    if not 0 <= call.label_smoothing <= 1:
-        raise RuntimeError(f"{_OP}: label_smoothing must be between 0.0 and 1.0. Got: {call.label_smoothing}")
-    weight = call.weight
-    if call.ranks is None and weight is not None and tuple(weight.shape) != (shape.classes,):
-        raise RuntimeError(
-            f"{_OP}: weight tensor should be defined either for all {shape.classes} classes or no classes "
-            f"but got weight tensor of shape: {tuple(weight.shape)}"
-        )
+    check_smoothing(_OP, call.label_smoothing)
+    if call.ranks is None:
+        check_class_weight(_OP, call.weight, shape.classes)
 
 
 def _flat(call: _Call, shape: _Shape, index_target: bool) -> tuple[Tensor, Tensor | None, Family]:
@@ -369,16 +363,15 @@ def _head(call: _Call, shape: _Shape, target: Tensor, index_target: bool, shard:
 
 def _run(call: _Call) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
     call = _under_autocast(call)
-    shape, index_target = _shape(
-        _OP, call.input, call.linear_weight, call.target, call.linear_bias, call.shift
-    )
+    shape, index_target = _shape(call.input, call.linear_weight, call.target, call.linear_bias, call.shift)
     if call.lora is not None:
-        _check_lora(_OP, call.input, shape, call.lora)
+        _check_lora(call.input, shape, call.lora)
     _check(call, shape, index_target)
     shard = None
     if call.ranks is not None:
         shard = _agree(call, call.ranks, shape, index_target)
-        call = call._replace(weight=_weight_of(shard, call.weight))
+        if call.weight is not None:
+            call = call._replace(weight=weight_of(shard, call.weight))
     target, row_weight, family = _flat(call, shape, index_target)
     head = _head(call, shape, target, index_target, shard)
     _note_chunks(head)
@@ -439,14 +432,6 @@ def _agree(call: _Call, ranks: _Ranks, shape: _Shape, index_target: bool) -> Sha
     return agree(_OP, name, tuple(description.items()), classes, ranks.vocab_start, weights)
 
 
-def _weight_of(shard: Shard, weight: Tensor | None) -> Tensor | None:
-    """The class weights of this rank's classes."""
-    if weight is None or not shard.whole_weight:
-        return weight
-    whole = Replicated.apply(weight, shard.group) if may_be_differentiated(weight) else weight
-    return whole[shard.start : shard.start + shard.classes]
-
-
 def _note_chunks(head: Head) -> None:
     chunks = -(-head.x.shape[0] // head.chunk)
     dtype = product_dtype(head.x)
@@ -477,7 +462,7 @@ def _metrics(
     if head.index_target:
         best = shape.kept(target)
     elif head.group:
-        best = shape.kept(most_probable(shard_of(head), target, rows.new_empty(head.row_shape)))
+        best = shape.kept(most_probable_of_all(shard_of(head), target, rows.new_empty(head.row_shape)))
     else:
         best = shape.kept(target.argmax(1)) if shape.classes else predicted
     filtered = shape.kept(filtered) if filtered.numel() else torch.zeros_like(rows[0])
@@ -580,61 +565,32 @@ def linear_cross_entropy(
         NotImplementedError: integer, complex or sparse input.
         TypeError: not a tensor, or an option of a wrong type.
     """
+    given = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "options": options,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "z_loss": z_loss,
+        "row_weight": row_weight,
+        "normalizer": normalizer,
+        "empty": empty,
+        "out_dtype": out_dtype,
+        "chunk_size": chunk_size,
+        "shift": shift,
+        "gradient_filter": gradient_filter,
+        "lora": lora,
+        "group": group,
+        "vocab_start": vocab_start,
+        "vocab_size": vocab_size,
+    }
     tensors = input, linear_weight, target, linear_bias, weight
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            linear_cross_entropy,
-            tensors,
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            z_loss=z_loss,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            empty=empty,
-            out_dtype=out_dtype,
-            chunk_size=chunk_size,
-            shift=shift,
-            gradient_filter=gradient_filter,
-            lora=lora,
-            group=group,
-            vocab_start=vocab_start,
-            vocab_size=vocab_size,
-        )
-    if _any_dtensor(input, linear_weight):
-        given = {
-            "linear_bias": linear_bias,
-            "weight": weight,
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "options": options,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "row_weight": row_weight,
-            "normalizer": normalizer,
-            "empty": empty,
-            "out_dtype": out_dtype,
-            "chunk_size": chunk_size,
-            "shift": shift,
-            "gradient_filter": gradient_filter,
-            "lora": lora,
-        }
-        return _of_dtensors(input, linear_weight, target, given, False)[0]
-    family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
-    ranks = None if group is None else _Ranks(group, vocab_start, vocab_size)
-    how = _chunk_size(chunk_size, options), shift, gradient_filter, lora, ranks
-    torch_options = weight, reduction, ignore_index, label_smoothing, out_dtype
-    return _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, False)[0]
+        return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)
+    return _loss(input, linear_weight, target, given, metrics=False)[0]
 
 
 def linear_cross_entropy_with_metrics(
@@ -668,71 +624,59 @@ def linear_cross_entropy_with_metrics(
     Arguments and errors are those of :func:`linear_cross_entropy`; :class:`LinearCrossEntropyMetrics` names
     the results. A loss that is made of the metrics too takes a second pass in its backward.
     """
-    if _any_dtensor(input, linear_weight):
-        given = {
-            "linear_bias": linear_bias,
-            "weight": weight,
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "options": options,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "row_weight": row_weight,
-            "normalizer": normalizer,
-            "empty": empty,
-            "out_dtype": out_dtype,
-            "chunk_size": chunk_size,
-            "shift": shift,
-            "gradient_filter": gradient_filter,
-            "lora": lora,
-        }
-        return _of_dtensors(input, linear_weight, target, given, True)
-    family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
-    ranks = None if group is None else _Ranks(group, vocab_start, vocab_size)
-    how = _chunk_size(chunk_size, options), shift, gradient_filter, lora, ranks
-    torch_options = weight, reduction, ignore_index, label_smoothing, out_dtype
-    loss, metrics = _checked(input, linear_weight, target, linear_bias, *torch_options, family, *how, True)
+    given = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "options": options,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "z_loss": z_loss,
+        "row_weight": row_weight,
+        "normalizer": normalizer,
+        "empty": empty,
+        "out_dtype": out_dtype,
+        "chunk_size": chunk_size,
+        "shift": shift,
+        "gradient_filter": gradient_filter,
+        "lora": lora,
+        "group": group,
+        "vocab_start": vocab_start,
+        "vocab_size": vocab_size,
+    }
+    loss, metrics = _loss(input, linear_weight, target, given, metrics=True)
     assert metrics is not None
     return loss, metrics
 
 
-def _any_dtensor(*tensors: Any) -> bool:
-    return any(type(x) is not Tensor and _is_dtensor(x) for x in tensors)
+def _loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, given: dict[str, Any], metrics: bool
+) -> tuple[Tensor, Any]:
+    """The loss, and the metrics if they are asked for, or the sentence that says why not.
 
+    `given`: the other arguments of :func:`linear_cross_entropy`.
+    """
+    given = dict(given)
+    ranks = tuple(given.pop(name) for name in ("group", "vocab_start", "vocab_size"))
+    if any(type(x) is not Tensor and _is_dtensor(x) for x in (input, linear_weight)):
+        from ._dtensor import linear_loss_of_dtensor  # slow to import
 
-def _of_dtensors(input: Any, linear_weight: Any, target: Any, options: dict[str, Any], metrics: bool) -> Any:
-    from ._dtensor import linear_loss_of_dtensor  # slow to import
-
-    return linear_loss_of_dtensor(input, linear_weight, target, options, metrics)
-
-
-def _chunk_size(chunk_size: int | None, options: Any) -> int | None:
-    return getattr(options, "batch_chunk_size", None) if chunk_size is None else chunk_size
-
-
-def _checked(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    out_dtype: torch.dtype | None,
-    *rest: Any,
-) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
-    """The loss, or the sentence that says why not."""
-    code = reduction_code(reduction, None, None)
-    ranks = rest[-2]
+        return linear_loss_of_dtensor(input, linear_weight, target, given, metrics)
+    ignore_index, label_smoothing = given["ignore_index"], given["label_smoothing"]
+    family = Family(*(given.pop(name) for name in Family._fields))
+    options = given.pop("options")
+    if given["chunk_size"] is None:
+        given["chunk_size"] = getattr(options, "batch_chunk_size", None)
+    given["reduction"] = reduction_code(given["reduction"], None, None)
+    over = None if ranks[0] is None else _Ranks(*ranks)
     try:
-        options = code, ignore_index, label_smoothing, checked_dtype(_OP, out_dtype), *rest
-        return _run(_Call(input, linear_weight, target, linear_bias, weight, *options))
+        checked_dtype(_OP, given["out_dtype"])
+        return _run(_Call(input, linear_weight, target, family=family, ranks=over, metrics=metrics, **given))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        if ranks is not None and not ranks.asked and not torch.compiler.is_compiling():
-            announce_failure(group_name(_OP, ranks.group), error)
+        if over is not None and not over.asked and not torch.compiler.is_compiling():
+            announce_failure(group_name(_OP, over.group), error)
         explain_bad_option(_OP, -100 if ignore_index is None else ignore_index, label_smoothing)
         explain_bad_input(_OP, input=input, linear_weight=linear_weight, target=target)
         raise
@@ -816,12 +760,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         self.gradient_filter = gradient_filter
 
     def extra_repr(self) -> str:
-        given = {name: getattr(self, name) for name in self._DEFAULTS}
-        return ", ".join(
-            f"{name}={value}"
-            for name, value in given.items()
-            if isinstance(value, Tensor) or value != self._DEFAULTS[name]
-        )
+        return options_given(self, self._DEFAULTS)
 
     def forward(
         self,

@@ -47,7 +47,17 @@ from ._family import (
     metrics_of,
     reduced,
 )
-from ._rows import DOT, ENTROPY, LOG_SUM, MAX, PICKED, TARGET_SUM, TARGET_WEIGHT, class_dim, per_class
+from ._rows import (
+    DOT,
+    ENTROPY,
+    LOG_SUM,
+    MAX,
+    PICKED,
+    TARGET_SUM,
+    TARGET_WEIGHT,
+    class_dim,
+    weighted_probabilities,
+)
 from .cross_entropy import _may_write_over
 
 if TYPE_CHECKING:
@@ -347,13 +357,22 @@ def sharded_rows(
     if metrics:
         found = [candidate(shard, rows[MAX], predicted)]
         if probabilities is not None:
-            found.append(_most_probable(shard, probabilities, rows[MAX]))
+            found.append(most_probable(shard, probabilities, rows[MAX]))
         candidates = torch.stack(found)
     numbers = ignore_index, label_smoothing, scale, softcap, z_loss
     return global_planes(shard, rows, local, label_smoothing, numbers, weight is not None, candidates)
 
 
-def _most_probable(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:
+def weight_of(shard: Shard, weight: Tensor) -> Tensor:
+    """The class weights of this rank's classes, of theirs or of all."""
+    if not shard.whole_weight:
+        return weight
+    whole = Replicated.apply(weight, shard.group) if may_be_differentiated(weight) else weight
+    return whole[shard.start : shard.start + shard.classes]
+
+
+def most_probable(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:
+    """The candidates that are each row's most probable class here."""
     if not shard.classes:
         return candidate(shard, like, like)
     value, index = probabilities.detach().max(class_dim(probabilities))
@@ -404,8 +423,7 @@ def _described(op: str, logits: Tensor, target: Tensor, given: Arguments, metric
             )
         if index_target and weight.requires_grad:
             raise RuntimeError(_rows.NO_WEIGHT_DERIVATIVE)
-    if not 0 <= given.label_smoothing <= 1:
-        raise RuntimeError(f"{op}: label_smoothing must be between 0.0 and 1.0. Got: {given.label_smoothing}")
+    _rows.check_smoothing(op, given.label_smoothing)
     optional = {
         "weight": weight,
         "softcap": family.softcap,
@@ -484,13 +502,9 @@ def _loss_of_shard(
     probabilities = None if index_target else target
     if weight is not None:
         differentiated = may_be_differentiated(weight)
-        if shard.whole_weight:
-            whole = Replicated.apply(weight, shard.group) if differentiated else weight
-            weight = whole[shard.start : shard.start + shard.classes]
+        weight = weight_of(shard, weight)
         if differentiated and not index_target:
-            note("the class weight may need a derivative: a weighted copy of the target is made")
-            uniform = label_smoothing / max(shard.total, 1)
-            target = per_class(weight, logits) * ((1 - label_smoothing) * target + uniform)
+            target = weighted_probabilities(target, weight, label_smoothing, shard.total)
             weight, label_smoothing = None, 0.0
     scale_tensor, scale = family.scale(accumulation(logits, target, weight), logits.device)
     if scale_tensor is not None:
