@@ -16,6 +16,8 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lossops._distributed import _talks_of
+
 
 class Ranks:
     """`count` processes of one group; none of them outlives `close`, or this process.
@@ -99,6 +101,42 @@ def subgroup(ranks: Sequence[int]) -> dist.ProcessGroup:
     if key not in _groups:
         _groups[key] = dist.new_group(list(ranks))
     return _groups[key]
+
+
+def member(size: int) -> dist.ProcessGroup | None:
+    """The group of the first `size` ranks, None on the others."""
+    group = subgroup(range(size))
+    return group if dist.get_rank() < size else None
+
+
+def forget_agreements(group: dist.ProcessGroup | None = None) -> None:
+    """The next call is every rank's first."""
+    _talks_of((group or dist.group.WORLD).group_name).agreed.clear()
+
+
+def run_examples(size: int, seeds: range, check: Callable[[Any], None], kind: type[Any]) -> list[str]:
+    """What is wrong, one line for each configuration; every rank goes through all of them.
+
+    `kind` draws an example from a seed, alike on every rank of a group of `size`; it has a `rank`, a `str`.
+    """
+    group = member(size)
+    if group is None:
+        return []
+    wrong = []
+    for seed in seeds:
+        example = kind(seed, group)
+        forget_agreements(group)  # or a rank that knows its part would not hear of another partition
+        try:
+            check(example)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            wrong.append(f"rank {example.rank}, seed {seed}: {text} [{example}]")
+    return wrong
+
+
+def assert_none_wrong(results: list[list[str]]) -> None:
+    wrong = [line for lines in results for line in lines]
+    assert not wrong, f"{len(wrong)} configurations:\n" + "\n".join(wrong[:12])
 
 
 class Collectives(TorchDispatchMode):

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
-from test_vocab_parallel import assert_none_wrong, forget_agreements, member
+from ranks import Ranks, assert_none_wrong, forget_agreements, run_examples
 from tolerances import assert_near
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -82,6 +81,9 @@ class Example:
             self.class_weight = torch.rand(total, dtype=torch.float64) + 0.5
             self.options["weight"] = self.class_weight
         self.whole_weight = draw.random() < 0.5
+
+    def __str__(self) -> str:
+        return str(self.options)
 
     def mine(self, name: str, whole: Tensor) -> Tensor:
         if name in self.SHARDED:
@@ -162,27 +164,11 @@ CHECKS = {
 }
 
 
-def run_examples(size: int, seeds: range, check: str) -> list[str]:
-    group = member(size)
-    if group is None:
-        return []
-    wrong = []
-    for seed in seeds:
-        example = Example(seed, group)
-        forget_agreements(group)
-        try:
-            CHECKS[check](example)
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            wrong.append(f"rank {example.rank}, seed {seed}: {text} [{example.options}]")
-    return wrong
-
-
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("size", SIZES)
 def test_as_the_unsharded_reference(ranks: Ranks, size: int, check: str) -> None:
     seeds = range(1000 * size, 1000 * size + 40)
-    assert_none_wrong(ranks(run_examples, size, seeds, check))
+    assert_none_wrong(ranks(run_examples, size, seeds, CHECKS[check], Example))
 
 
 def messages(reduction: str, backward: bool) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Collectives, Ranks, subgroup
+from ranks import Collectives, Ranks, assert_none_wrong, forget_agreements, member, run_examples
 from tolerances import assert_near
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -42,17 +42,6 @@ def ranks() -> Iterator[Ranks]:
     group = Ranks(4, limit=30)
     yield group
     group.close()
-
-
-def member(size: int) -> dist.ProcessGroup | None:
-    """The group of the first `size` ranks, None on the others."""
-    group = subgroup(range(size))
-    return group if dist.get_rank() < size else None
-
-
-def forget_agreements(group: dist.ProcessGroup | None = None) -> None:
-    """The next call is every rank's first."""
-    _talks_of((group or dist.group.WORLD).group_name).agreed.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,28 +182,6 @@ def check_example(example: Example, function: Any = vocab_parallel_cross_entropy
         assert_near(grad, example.part(name, exact_grad), scale=scale, message=f"gradient of {name}")
 
 
-def run_examples(size: int, seeds: range, check: Any) -> list[str]:
-    """What is wrong, one line for each configuration; every rank goes through all of them."""
-    group = member(size)
-    if group is None:
-        return []
-    wrong = []
-    for seed in seeds:
-        example = Example(seed, group)
-        forget_agreements(group)  # or a rank that knows its part would not hear of another partition
-        try:
-            check(example)
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            wrong.append(f"rank {example.rank}, seed {seed}: {text} [{example}]")
-    return wrong
-
-
-def assert_none_wrong(results: list[list[str]]) -> None:
-    wrong = [line for lines in results for line in lines]
-    assert not wrong, f"{len(wrong)} configurations:\n" + "\n".join(wrong[:12])
-
-
 def check_second_derivatives(example: Example) -> None:
     """Of a function of the gradients: each rank's own parts, and once what every rank holds alike."""
     leaves, exact = example.leaves(mine=True), example.leaves(mine=False)
@@ -249,7 +216,7 @@ def check_second_derivatives_in_double(example: Example) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_second_derivatives_are_those_of_the_unsharded_reference(ranks: Ranks, size: int) -> None:
     seeds = range(1000 * size, 1000 * size + 60)
-    assert_none_wrong(ranks(run_examples, size, seeds, check_second_derivatives_in_double))
+    assert_none_wrong(ranks(run_examples, size, seeds, check_second_derivatives_in_double, Example))
 
 
 def check_metrics(example: Example) -> None:
@@ -284,12 +251,12 @@ def check_metrics(example: Example) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_metrics_are_those_of_the_unsharded_function(ranks: Ranks, size: int) -> None:
-    assert_none_wrong(ranks(run_examples, size, range(2000 * size, 2000 * size + 40), check_metrics))
+    assert_none_wrong(ranks(run_examples, size, range(2000 * size, 2000 * size + 40), check_metrics, Example))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_loss_and_gradients_are_those_of_the_unsharded_reference(ranks: Ranks, size: int) -> None:
-    assert_none_wrong(ranks(run_examples, size, range(100 * size, 100 * size + 100), check_example))
+    assert_none_wrong(ranks(run_examples, size, range(100 * size, 100 * size + 100), check_example, Example))
 
 
 # --------------------------------------------------------------------------------------------------
