@@ -68,7 +68,7 @@ void launch(const CrossEntropyBackward& a) {
   }
   trace_rows("cross_entropy_backward", isa, a, way_of(a));
   const Units units(a.rows.count, a.classes, kElementsPerUnit);
-  parallel_for_units(units, a.classes, [&](int64_t unit) {
+  parallel_for_units<Order::descending>(units, a.classes, [&](int64_t unit) {
     LOSSOPS_CALL(backward_range, a, units.begin(unit), units.end(unit));
   });
 }

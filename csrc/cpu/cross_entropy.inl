@@ -87,32 +87,99 @@ struct Stats {
 // ---------------------------------------------------------------------------------------------
 // Along a row
 
-// Several maxima side by side: one alone would wait for its own latency at every step.
 template <class A>
-LOSSOPS_INLINE A block_max(const A* z, int64_t n, A max) {
-  constexpr int64_t kLanes = 256 / sizeof(A);
-  int64_t i = 0;
-  if (n >= kLanes) {
-    alignas(64) A lanes[kLanes];
-    std::copy(z, z + kLanes, lanes);
-    for (i = kLanes; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-      for (int64_t k = 0; k < kLanes; ++k) lanes[k] = z[i + k] > lanes[k] ? z[i + k] : lanes[k];
-    }
-#pragma omp simd reduction(max : max)
-    for (int64_t k = 0; k < kLanes; ++k) max = lanes[k] > max ? lanes[k] : max;
-  }
-#pragma omp simd reduction(max : max)
-  for (int64_t k = i; k < n; ++k) max = z[k] > max ? z[k] : max;
-  return max;
+const A* load_classes(const ClassTensor& t, int64_t offset, int64_t c, int64_t n, A* buffer) {
+  return load(t.dtype, t.data, offset + c * t.class_stride, t.class_stride, n, buffer);
 }
 
-template <class A>
-LOSSOPS_INLINE A block_sum_exp(const A* z, int64_t n, A ref) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp(z[i] - ref);
-  return sum;
+// The n logits (say) from class c on as the loops below can read them: bfloat16 as it stands, widened in
+// passing, since a shift is cheaper than a copy; anything else in the accumulation type.
+template <class A, class F>
+LOSSOPS_INLINE void with_values(const ClassTensor& t, int64_t offset, int64_t c, int64_t n, A* buffer,
+                                const F& f) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (t.dtype == DType::bf16 && t.class_stride == 1)
+      return f(static_cast<const BFloat16*>(t.data) + offset + c);
+  }
+  f(load_classes(t, offset, c, n, buffer));
+}
+
+// Likewise with the place of their gradient.
+template <class A, class F>
+LOSSOPS_INLINE void with_gradient(const ClassTensor& t, int64_t offset, const ClassTensor& gradient,
+                                  int64_t gradient_offset, int64_t c, int64_t n, A* buffer, A* out_buffer,
+                                  const F& f) {
+  const int64_t stride = gradient.class_stride;
+  gradient_offset += c * stride;
+  if constexpr (std::is_same_v<A, float>) {
+    if (t.dtype == DType::bf16 && t.class_stride == 1 && gradient.dtype == DType::bf16 && stride == 1)
+      return f(static_cast<const BFloat16*>(t.data) + offset + c,
+               static_cast<BFloat16*>(gradient.data) + gradient_offset);
+  }
+  const A* z = load_classes(t, offset, c, n, buffer);
+  A* dz = destination(gradient.dtype, gradient.data, gradient_offset, stride, out_buffer);
+  f(z, dz);
+  store(gradient.dtype, dz, gradient.data, gradient_offset, stride, n);
+}
+
+// f(kProbabilities, p, w): the block's probabilities and class weights, as the loops want them.
+template <class A, class F>
+LOSSOPS_INLINE void with_target(const CrossEntropyProblem& a, int64_t offset, int64_t c, int64_t n, A* buffer,
+                                const F& f) {
+  const A* w = a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + c;
+  const A* p = a.index_target() ? nullptr : load_classes(a.target, offset, c, n, buffer);
+  const std::true_type probabilities;
+  const std::false_type index;
+  if (p != nullptr && w != nullptr)
+    f(probabilities, p, w);
+  else if (p != nullptr)
+    f(probabilities, p, Uniform<A>{1});
+  else if (w != nullptr && a.label_smoothing != 0)
+    f(index, p, w);
+  else
+    f(index, p, Uniform<A>{1});
+}
+
+// Calls f(i, seen) for kLanes elements from i on, until all n have been met. The last of the calls reaches
+// back over elements that were `seen`, for a remainder that went one by one would cost as much as a block.
+template <class A, class F>
+LOSSOPS_INLINE void for_each_lanes(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, std::integral_constant<int64_t, 0>());
+  if (i < n) f(n - kLanes<A>, kLanes<A> - (n - i));
+}
+
+template <class Z, class A>
+LOSSOPS_INLINE A block_max(const Z* z, int64_t n, A max) {
+  const auto larger = [](A a, A b) { return a > b ? a : b; };
+  if (n < kLanes<A>) {
+    for (int64_t i = 0; i < n; ++i) max = larger(widen(z[i]), max);
+    return max;
+  }
+  alignas(64) A lanes[kLanes<A>];
+  for (A& lane : lanes) lane = max;
+  for_each_lanes<A>(n, [&](int64_t i, auto) LOSSOPS_INLINE_LAMBDA {
+#pragma omp simd
+    for (int64_t k = 0; k < kLanes<A>; ++k) lanes[k] = larger(widen(z[i + k]), lanes[k]);
+  });
+  return fold(lanes, larger);
+}
+
+template <class Z, class A>
+LOSSOPS_INLINE A block_sum_exp(const Z* z, int64_t n, A ref) {
+  alignas(64) A sum[kLanes<A>] = {};
+  if (n < kLanes<A>) {
+    for (int64_t i = 0; i < n; ++i) sum[0] += exp(widen(z[i]) - ref);
+    return sum[0];
+  }
+  for_each_lanes<A>(n, [&](int64_t i, auto seen) LOSSOPS_INLINE_LAMBDA {
+#pragma omp simd
+    for (int64_t k = 0; k < kLanes<A>; ++k) {
+      const A e = exp(widen(z[i + k]) - ref);
+      sum[k] += k < seen ? A(0) : e;
+    }
+  });
+  return fold(sum, [](A a, A b) { return a + b; });
 }
 
 // t*(z - ref), and 0 for the NaN of a weight 0 at a logit of -inf. A NaN of z or t is not lost: it is
@@ -126,19 +193,31 @@ LOSSOPS_INLINE A target_term(A t, A distance) {
   return bits_as<A>(bits_as<Bits>(term) & mask);
 }
 
-// Adds the terms t_c*(z_c - ref).
-template <bool kProbabilities, class A, class Weight>
-LOSSOPS_INLINE void block_target(const A* z, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s,
-                                 RowState<A>& state) {
-  A target_sum = 0, dot = 0;
-#pragma omp simd reduction(+ : target_sum, dot)
-  for (int64_t i = 0; i < n; ++i) {
+// Adds exp(z_c - ref), t_c and t_c*(z_c - ref).
+template <bool kProbabilities, class Z, class A, class Weight>
+LOSSOPS_INLINE void block_sums(const Z* z, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s,
+                               RowState<A>& state) {
+  alignas(64) A sum[kLanes<A>] = {}, target_sum[kLanes<A>] = {}, dot[kLanes<A>] = {};
+  const auto add = [&](int64_t i, int64_t k, bool seen) LOSSOPS_INLINE_LAMBDA {
+    const A distance = widen(z[i]) - ref;
     const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
-    target_sum += t;
-    dot += target_term(t, z[i] - ref);
+    const A e = exp(distance), term = target_term(t, distance);
+    sum[k] += seen ? A(0) : e;
+    target_sum[k] += seen ? A(0) : t;
+    dot[k] += seen ? A(0) : term;
+  };
+  if (n < kLanes<A>) {
+    for (int64_t i = 0; i < n; ++i) add(i, 0, false);
+  } else {
+    for_each_lanes<A>(n, [&](int64_t i, auto seen) LOSSOPS_INLINE_LAMBDA {
+#pragma omp simd
+      for (int64_t k = 0; k < kLanes<A>; ++k) add(i + k, k, k < seen);
+    });
   }
-  state.target_sum += target_sum;
-  state.dot += dot;
+  const auto plus = [](A a, A b) { return a + b; };
+  state.sum += fold(sum, plus);
+  state.target_sum += fold(target_sum, plus);
+  state.dot += fold(dot, plus);
 }
 
 // The row's state over the classes [c0, c1), without a class index's own term.
@@ -146,73 +225,22 @@ template <class A>
 RowState<A> row_state(const CrossEntropyProblem& a, const int64_t* o, int64_t c0, int64_t c1) {
   alignas(64) A z_buffer[kBlock], p_buffer[kBlock];
   const Smoothing<A> smoothing(a);
-  const bool probabilities = !a.index_target();
   RowState<A> state;
   for (int64_t c = c0; c < c1; c += kBlock) {
     const int64_t n = std::min(kBlock, c1 - c);
-    const A* z = load(a.logits.dtype, a.logits.data, o[kLogits] + c * a.logits.class_stride,
-                      a.logits.class_stride, n, z_buffer);
-    state.raise(block_max(z, n, state.max));
-    const A ref = anchor(state.max);
-    state.sum += block_sum_exp(z, n, ref);
-    if (!a.has_target_sum()) continue;
-    const A* w = static_cast<const A*>(a.weight);
-    if (probabilities) {
-      const A* p = load(a.target.dtype, a.target.data, o[kTarget] + c * a.target.class_stride,
-                        a.target.class_stride, n, p_buffer);
-      if (w != nullptr)
-        block_target<true>(z, p, w + c, n, ref, smoothing, state);
-      else
-        block_target<true>(z, p, Uniform<A>{1}, n, ref, smoothing, state);
-    } else {
-      if (w != nullptr)
-        block_target<false, A>(z, nullptr, w + c, n, ref, smoothing, state);
-      else
-        block_target<false, A>(z, nullptr, Uniform<A>{1}, n, ref, smoothing, state);
-    }
+    with_values(a.logits, o[kLogits], c, n, z_buffer, [&](const auto* z) {
+      state.raise(block_max(z, n, state.max));
+      const A ref = anchor(state.max);
+      if (!a.has_target_sum()) {
+        state.sum += block_sum_exp(z, n, ref);
+        return;
+      }
+      with_target<A>(a, o[kTarget], c, n, p_buffer, [&](auto probabilities, const A* p, auto w) {
+        block_sums<decltype(probabilities)::value>(z, p, w, n, ref, smoothing, state);
+      });
+    });
   }
   return state;
-}
-
-// Writes what the forward knows of one row.
-template <class A>
-LOSSOPS_INLINE void finish_row(const CrossEntropyForward& a, int64_t row, RowState<A> state,
-                               RowTarget<A> target, A target_logit, double& loss_sum, double& weight_sum) {
-  A loss = 0, log_sum = 0, max = 0;
-  if (target.counted) {
-    if (target.index >= 0) {
-      const A t = Smoothing<A>(a).keep * target.weight;
-      state.target_sum += t;
-      state.dot += target_term(t, target_logit - anchor(state.max));
-    }
-    max = state.max;
-    log_sum = log(state.sum);
-    loss = state.target_sum * log_sum - state.dot;
-    loss_sum += loss;
-    weight_sum += target.weight;
-  }
-  const Stats<A> stats(a);
-  stats.max[row] = max;
-  stats.log_sum[row] = log_sum;
-  if (stats.target_sum != nullptr) stats.target_sum[row] = target.counted ? state.target_sum : A(0);
-  if (a.reduction == Reduction::none) store_one(a.loss_dtype, loss, a.loss, row);
-}
-
-template <class A>
-void finish_row(const CrossEntropyForward& a, const int64_t* o, const RowState<A>& state, double& loss_sum,
-                double& weight_sum) {
-  const RowTarget<A> target = read_target<A>(a, o[kTarget], a.bad_target);
-  const A target_logit = target.index < 0 ? A(0)
-                                          : load_one<A>(a.logits.dtype, a.logits.data,
-                                                        o[kLogits] + target.index * a.logits.class_stride);
-  finish_row(a, o[kRow], state, target, target_logit, loss_sum, weight_sum);
-}
-
-template <class A>
-void forward_row(const CrossEntropyForward& a, const int64_t* o, double& loss_sum, double& weight_sum) {
-  // An ignored row is not read: nothing in it can reach the loss, NaN included.
-  const bool counted = read_target<A>(a, o[kTarget], a.bad_target).counted;
-  finish_row(a, o, counted ? row_state<A>(a, o, 0, a.classes) : RowState<A>(), loss_sum, weight_sum);
 }
 
 // What the backward passes know of a row before they look at its logits.
@@ -243,27 +271,27 @@ LOSSOPS_INLINE RowGradient<A> row_gradient(const CrossEntropyBackward& a, const 
 
 // dz = g*(S*softmax - t), without a class index's own term. Row values are Uniform along a row,
 // arrays across a tile; the class weight the other way round.
-template <bool kProbabilities, class A, class Row, class Weight>
-LOSSOPS_INLINE void logit_gradient(const A* z, const A* p, int64_t n, Row max, Row log_sum, Row grad_sum,
-                                   Row grad, Weight w, Smoothing<A> s, A* dz) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+template <bool kProbabilities, class Z, class A, class Row, class Weight, class D>
+LOSSOPS_INLINE void logit_gradient(const Z* z, const A* p, int64_t n, Row max, Row log_sum, Row grad_sum,
+                                   Row grad, Weight w, Smoothing<A> s, D* dz) {
+  // Nothing twice where dz stands in z's place.
+  for_each_lane<A>(n, static_cast<const void*>(z) != dz, [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
     const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
-    const A value = grad_sum[i] * exp((z[i] - max[i]) - log_sum[i]) - grad[i] * t;
+    const A value = grad_sum[i] * exp((widen(z[i]) - max[i]) - log_sum[i]) - grad[i] * t;
     if constexpr (std::is_same_v<Row, Uniform<A>>)
-      dz[i] = value; // a row without a gradient is not looked at
+      narrow(value, dz[i]); // a row without a gradient is not looked at
     else
-      dz[i] = grad[i] == 0 ? A(0) : value;
-  }
+      narrow(grad[i] == 0 ? A(0) : value, dz[i]);
+  });
 }
 
 // dp = g*keep*w*(lse - z)
-template <class A, class Row, class Weight>
-LOSSOPS_INLINE void target_gradient(const A* z, int64_t n, Row max, Row log_sum, Row grad, Weight w, A keep,
-                                    A* dp) {
+template <class Z, class A, class Row, class Weight, class D>
+LOSSOPS_INLINE void target_gradient(const Z* z, int64_t n, Row max, Row log_sum, Row grad, Weight w, A keep,
+                                    D* dp) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    dp[i] = grad[i] == 0 ? A(0) : grad[i] * keep * w[i] * (log_sum[i] - (z[i] - max[i]));
+    narrow(grad[i] == 0 ? A(0) : grad[i] * keep * w[i] * (log_sum[i] - (widen(z[i]) - max[i])), dp[i]);
 }
 
 template <class A>
@@ -285,37 +313,29 @@ void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, i
   const Uniform<A> max{r.max}, log_sum{r.log_sum}, grad{r.grad}, grad_sum{r.grad * r.target_sum};
   for (int64_t c = c0; c < c1; c += kBlock) {
     const int64_t n = std::min(kBlock, c1 - c);
-    const A* z = load(a.logits.dtype, a.logits.data, o[kLogits] + c * a.logits.class_stride,
-                      a.logits.class_stride, n, z_buffer);
-    const A* w = a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + c;
-    if (a.grad_target.data != nullptr) {
-      const int64_t stride = a.grad_target.class_stride, offset = o[kGradTarget] + c * stride;
-      A* dp = destination(a.grad_target.dtype, a.grad_target.data, offset, stride, out_buffer);
-      if (w != nullptr)
-        target_gradient(z, n, max, log_sum, grad, w, smoothing.keep, dp);
-      else
-        target_gradient(z, n, max, log_sum, grad, Uniform<A>{1}, smoothing.keep, dp);
-      store(a.grad_target.dtype, dp, a.grad_target.data, offset, stride, n);
-    }
-    if (a.grad_logits.data == nullptr) continue;
-    const int64_t stride = a.grad_logits.class_stride, offset = o[kGradLogits] + c * stride;
-    A* dz = destination(a.grad_logits.dtype, a.grad_logits.data, offset, stride, out_buffer);
-    if (!a.index_target()) {
-      const A* p = load(a.target.dtype, a.target.data, o[kTarget] + c * a.target.class_stride,
-                        a.target.class_stride, n, p_buffer);
-      if (w != nullptr)
-        logit_gradient<true>(z, p, n, max, log_sum, grad_sum, grad, w, smoothing, dz);
-      else
-        logit_gradient<true>(z, p, n, max, log_sum, grad_sum, grad, Uniform<A>{1}, smoothing, dz);
-    } else {
-      if (w != nullptr && smoothing.spread != 0)
-        logit_gradient<false, A>(z, nullptr, n, max, log_sum, grad_sum, grad, w, smoothing, dz);
-      else
-        logit_gradient<false, A>(z, nullptr, n, max, log_sum, grad_sum, grad, Uniform<A>{1}, smoothing, dz);
-      const int64_t y = r.target.index - c;
-      if (0 <= y && y < n) dz[y] -= r.grad * smoothing.keep * r.target.weight;
-    }
-    store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, stride, n);
+    with_target<A>(a, o[kTarget], c, n, p_buffer, [&](auto probabilities, const A* p, auto w) {
+      const auto write = [&](const ClassTensor& t, CrossEntropyOperand k, const auto& compute) {
+        with_gradient(a.logits, o[kLogits], t, o[k], c, n, z_buffer, out_buffer, compute);
+      };
+      if (a.grad_target.data != nullptr)
+        write(a.grad_target, kGradTarget, [&](const auto* z, auto* dp) {
+          target_gradient(z, n, max, log_sum, grad, w, smoothing.keep, dp);
+        });
+      if (a.grad_logits.data == nullptr) return;
+      write(a.grad_logits, kGradLogits, [&](const auto* z, auto* dz) {
+        const int64_t y = r.target.index - c;
+        const bool here = r.target.index >= 0 && 0 <= y && y < n;
+        const bool in_place = static_cast<const void*>(z) == dz;
+        // Before it is overwritten; else when the loop has brought it in, and nothing waits for it.
+        A own = here && in_place ? widen(z[y]) : A(0);
+        logit_gradient<decltype(probabilities)::value>(z, p, n, max, log_sum, grad_sum, grad, w, smoothing,
+                                                       dz);
+        if (!here) return;
+        if (!in_place) own = widen(z[y]);
+        const A t = w[y] * smoothing.spread + smoothing.keep * r.target.weight;
+        narrow(grad_sum.value * exp((own - r.max) - r.log_sum) - r.grad * t, dz[y]);
+      });
+    });
   }
 }
 
@@ -332,7 +352,7 @@ struct TileLoad {
 
   void operator()(const ClassTensor& t, int64_t offset, int64_t row_stride, int64_t c0, int64_t k, int64_t n,
                   bool copies) {
-    class_size = (n + 15) / 16 * 16;
+    class_size = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
     if (t.class_stride == 1 && row_stride == k) {
       // Short rows one behind the other: widened as they lie, then turned.
       alignas(64) A flat[kTileClasses * kTile];
@@ -415,16 +435,35 @@ LOSSOPS_INLINE void tile_pick(const A* z, int64_t class_size, const int32_t* ind
   }
 }
 
+// Over k classes whose copies lie class_size apart, with a few rows in registers; rows up to the next
+// multiple of kLanes are computed too, and mean nothing.
 template <class A>
-LOSSOPS_INLINE void tile_max(const A* z, int64_t n, A* __restrict max) {
+LOSSOPS_INLINE void tile_max(const A* z, int64_t class_size, int64_t k, int64_t n, A* max) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    alignas(64) A lanes[kLanes<A>];
+    std::copy(max + i, max + i + kLanes<A>, lanes);
+    for (int64_t c = 0; c < k; ++c) {
+      const A* of_class = z + c * class_size + i;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) max[i] = z[i] > max[i] ? z[i] : max[i];
+      for (int64_t l = 0; l < kLanes<A>; ++l) lanes[l] = of_class[l] > lanes[l] ? of_class[l] : lanes[l];
+    }
+    std::copy(lanes, lanes + kLanes<A>, max + i);
+  }
 }
 
 template <class A>
-LOSSOPS_INLINE void tile_add_exp(const A* z, const A* ref, int64_t n, A* __restrict sum) {
+LOSSOPS_INLINE void tile_add_exp(const A* z, int64_t class_size, int64_t k, const A* ref, int64_t n, A* sum) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    alignas(64) A lanes[kLanes<A>], of_row[kLanes<A>];
+    std::copy(sum + i, sum + i + kLanes<A>, lanes);
+    std::copy(ref + i, ref + i + kLanes<A>, of_row);
+    for (int64_t c = 0; c < k; ++c) {
+      const A* of_class = z + c * class_size + i;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += exp(z[i] - ref[i]);
+      for (int64_t l = 0; l < kLanes<A>; ++l) lanes[l] += exp(of_class[l] - of_row[l]);
+    }
+    std::copy(lanes, lanes + kLanes<A>, sum + i);
+  }
 }
 
 template <bool kProbabilities, class A>
@@ -465,26 +504,80 @@ LOSSOPS_INLINE double tile_sum(const A* x, int64_t n) {
   return sum;
 }
 
+// Of up to kTile rows, once their logits have been read.
+template <class A>
+struct ForwardRows {
+  alignas(64) A max[kTile], sum[kTile], target_sum[kTile], dot[kTile];
+  alignas(64) A target_logit[kTile], weight_buffer[kTile], counted_buffer[kTile];
+  const A *weight = weight_buffer, *counted = counted_buffer;
+
+  void put(int64_t i, const CrossEntropyForward& a, const int64_t* o, RowTarget<A> target,
+           RowState<A> state) {
+    max[i] = state.max;
+    sum[i] = state.sum;
+    target_sum[i] = state.target_sum;
+    dot[i] = state.dot;
+    target_logit[i] = target.index < 0 ? A(0)
+                                       : load_one<A>(a.logits.dtype, a.logits.data,
+                                                     o[kLogits] + target.index * a.logits.class_stride);
+    weight_buffer[i] = target.weight;
+    counted_buffer[i] = target.counted ? A(1) : A(0);
+  }
+
+  // Writes losses and stats of the rows from o on.
+  void finish(const CrossEntropyForward& a, const int64_t* o, int64_t n, double& loss_sum,
+              double& weight_sum) {
+    alignas(64) A loss[kTile];
+    const A keep = a.index_target() ? Smoothing<A>(a).keep : A(0);
+    tile_finish(keep, weight, target_logit, counted, n, max, sum, target_sum, dot, loss);
+    loss_sum += tile_sum(loss, n);
+    weight_sum += tile_sum(weight, n);
+    const Stats<A> stats(a);
+    const int64_t stride = a.rows.inner_stride(kRow);
+    store_as(max, stride, n, stats.max + o[kRow]);
+    store_as(sum, stride, n, stats.log_sum + o[kRow]);
+    if (stats.target_sum != nullptr) store_as(target_sum, stride, n, stats.target_sum + o[kRow]);
+    if (a.reduction != Reduction::none) return;
+    A* out = destination(a.loss_dtype, a.loss, o[kRow], stride, loss);
+    if (out != loss) std::copy(loss, loss + n, out);
+    store(a.loss_dtype, loss, a.loss, o[kRow], stride, n);
+  }
+};
+
+// An ignored row is not read: nothing in it can reach the loss, NaN included.
+template <class A>
+void forward_rows(const CrossEntropyForward& a, const int64_t* o, int64_t n, double& loss_sum,
+                  double& weight_sum) {
+  ForwardRows<A> rows;
+  int64_t i = 0;
+  for_each_row(a.rows, o, n, [&](const int64_t* at) {
+    const RowTarget<A> target = read_target<A>(a, at[kTarget], a.bad_target);
+    rows.put(i++, a, at, target, target.counted ? row_state<A>(a, at, 0, a.classes) : RowState<A>());
+  });
+  rows.finish(a, o, n, loss_sum, weight_sum);
+}
+
 template <class A>
 void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, double& loss_sum,
                   double& weight_sum) {
   TileLoad<A> z, p;
-  alignas(64) A max[kTile], sum[kTile], target_sum[kTile], dot[kTile], ref[kTile], target_logit[kTile];
-  alignas(64) A part_sum[kTile], part_target[kTile], part_dot[kTile];
+  ForwardRows<A> rows;
+  A *max = rows.max, *sum = rows.sum, *target_sum = rows.target_sum, *dot = rows.dot;
+  alignas(64) A ref[kTile], part_sum[kTile], part_target[kTile], part_dot[kTile];
   const Smoothing<A> smoothing(a);
   const TileTarget<A> target(a, o, n, a.bad_target);
   const bool index_target = a.index_target();
   for (int64_t i = 0; i < n; ++i) {
     max[i] = -std::numeric_limits<A>::infinity();
     sum[i] = a.classes == 0 ? A(1) : A(0); // no classes: a loss of 0, not 0*log 0
-    target_sum[i] = dot[i] = target_logit[i] = 0;
+    target_sum[i] = dot[i] = rows.target_logit[i] = 0;
   }
   for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
     const int64_t k = std::min(kTileClasses, a.classes - c0);
     z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n, true);
     if (!index_target) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n, true);
     std::copy(max, max + n, ref);
-    for (int64_t c = 0; c < k; ++c) tile_max(z.classes[c], n, ref);
+    tile_max(z.buffer, z.class_size, k, n, ref);
     if (c0 > 0) {
       for (int64_t i = 0; i < n; ++i) {
         RowState<A> state{max[i], sum[i], target_sum[i], dot[i]};
@@ -505,9 +598,8 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
       std::fill(part_target, part_target + n, A(0));
       std::fill(part_dot, part_dot + n, A(0));
     }
-    for (int64_t c = 0; c < k; ++c) {
-      tile_add_exp(z.classes[c], ref, n, sums);
-      if (!a.has_target_sum()) continue;
+    tile_add_exp(z.buffer, z.class_size, k, ref, n, sums);
+    for (int64_t c = 0; c < (a.has_target_sum() ? k : 0); ++c) {
       const A w = a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c];
       if (index_target)
         tile_add_target<false, A>(z.classes[c], nullptr, ref, w, n, smoothing, targets, dots);
@@ -521,22 +613,11 @@ void forward_tile(const CrossEntropyForward& a, const int64_t* o, int64_t n, dou
     }
     if (index_target)
       tile_pick(z.buffer, z.class_size, target.index, static_cast<int32_t>(c0), static_cast<int32_t>(k), n,
-                target_logit);
+                rows.target_logit);
   }
-  alignas(64) A loss[kTile];
-  const A keep = index_target ? smoothing.keep : A(0);
-  tile_finish(keep, target.weight, target_logit, target.counted, n, max, sum, target_sum, dot, loss);
-  loss_sum += tile_sum(loss, n);
-  weight_sum += tile_sum(target.weight, n);
-  const Stats<A> stats(a);
-  const int64_t stride = a.rows.inner_stride(kRow);
-  store_as(max, stride, n, stats.max + o[kRow]);
-  store_as(sum, stride, n, stats.log_sum + o[kRow]);
-  if (stats.target_sum != nullptr) store_as(target_sum, stride, n, stats.target_sum + o[kRow]);
-  if (a.reduction != Reduction::none) return;
-  A* out = destination(a.loss_dtype, a.loss, o[kRow], stride, loss);
-  if (out != loss) std::copy(loss, loss + n, out);
-  store(a.loss_dtype, loss, a.loss, o[kRow], stride, n);
+  rows.weight = target.weight;
+  rows.counted = target.counted;
+  rows.finish(a, o, n, loss_sum, weight_sum);
 }
 
 // What the backward passes know of a tile's rows before they look at the logits.
@@ -607,8 +688,8 @@ void backward_tile(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
     place(a.grad_logits, o[kGradLogits], a.rows.inner_stride(kGradLogits));
     for (int64_t c = 0; c < k; ++c) {
       if (a.index_target())
-        logit_gradient<false, A>(z.classes[c], nullptr, n, max, log_sum, grad_sum, grad, weight(c), smoothing,
-                                 out[c]);
+        logit_gradient<false>(z.classes[c], static_cast<const A*>(nullptr), n, max, log_sum, grad_sum, grad,
+                              weight(c), smoothing, out[c]);
       else
         logit_gradient<true>(z.classes[c], p.classes[c], n, max, log_sum, grad_sum, grad, weight(c),
                              smoothing, out[c]);
@@ -645,31 +726,54 @@ inline bool is_flat(const CrossEntropyBackward& a) {
          (a.weight == nullptr || a.label_smoothing == 0);
 }
 
+// `live`: 0 where no gradient arrives. `own`: what a class index takes from its class, 0 elsewhere.
+template <bool kSmoothing, class Z, class A, class Own, class D>
+LOSSOPS_INLINE void flat_gradient(const Z* z, int64_t n, const A* max, const A* log_sum, const A* grad_sum,
+                                  const A* live, Own own, A spread, D* dz) {
+  for_each_lane<A>(n, static_cast<const void*>(z) != dz, [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
+    A value = grad_sum[i] * exp((widen(z[i]) - max[i]) - log_sum[i]) - own[i];
+    if constexpr (kSmoothing) value -= live[i] * spread;
+    narrow(live[i] == 0 ? A(0) : value, dz[i]);
+  });
+}
+
 template <class A>
 void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
   alignas(64) A max[kFlat + kSpread], log_sum[kFlat + kSpread], grad_sum[kFlat + kSpread],
       grad[kFlat + kSpread];
-  alignas(64) A z_buffer[kFlat], out_buffer[kFlat];
+  alignas(64) A z_buffer[kFlat], out_buffer[kFlat], own[kFlat] = {};
   const Smoothing<A> smoothing(a);
   const TileGradient<A> r(a, o, n);
   const int64_t group = kFlat / a.classes;
   for (int64_t i0 = 0; i0 < n; i0 += group) {
     const int64_t rows = std::min(group, n - i0), elements = rows * a.classes;
-    const int64_t offset = o[kGradLogits] + i0 * a.classes;
     spread(r.max + i0, rows, a.classes, max);
     spread(r.log_sum + i0, rows, a.classes, log_sum);
     spread(r.grad_sum + i0, rows, a.classes, grad_sum);
     if (smoothing.spread != 0) spread(r.grad + i0, rows, a.classes, grad);
-    const A* z = load(a.logits.dtype, a.logits.data, o[kLogits] + i0 * a.classes, 1, elements, z_buffer);
-    A* dz = destination(a.grad_logits.dtype, a.grad_logits.data, offset, 1, out_buffer);
-    const A* g = smoothing.spread != 0 ? grad : grad_sum; // without smoothing g only tells a 0
-    logit_gradient<false, A, const A*>(z, nullptr, elements, max, log_sum, grad_sum, g, Uniform<A>{1},
-                                       smoothing, dz);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t y = r.target.index[i0 + i];
-      if (y >= 0) dz[i * a.classes + y] -= r.grad[i0 + i] * smoothing.keep * r.target.weight[i0 + i];
-    }
-    store(a.grad_logits.dtype, dz, a.grad_logits.data, offset, 1, elements);
+    const auto gradient = [&](const auto* z, auto own_terms, auto* dz) {
+      if (smoothing.spread != 0)
+        flat_gradient<true>(z, elements, max, log_sum, grad_sum, grad, own_terms, smoothing.spread, dz);
+      else
+        flat_gradient<false>(z, elements, max, log_sum, grad_sum, grad_sum, own_terms, A(0), dz);
+    };
+    const auto for_each_own = [&](const auto& f) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t y = r.target.index[i0 + i];
+        if (y >= 0) f(i * a.classes + y, r.grad[i0 + i] * smoothing.keep * r.target.weight[i0 + i]);
+      }
+    };
+    with_gradient(a.logits, o[kLogits], a.grad_logits, o[kGradLogits], i0 * a.classes, elements, z_buffer,
+                  out_buffer, [&](const auto* z, auto* dz) {
+                    if constexpr (std::is_same_v<A, std::remove_reference_t<decltype(*dz)>>) {
+                      gradient(z, Uniform<A>{0}, dz);
+                      for_each_own([&](int64_t at, A term) { dz[at] -= term; });
+                    } else { // too late once it is rounded
+                      for_each_own([&](int64_t at, A term) { own[at] = term; });
+                      gradient(z, static_cast<const A*>(own), dz);
+                      for_each_own([&](int64_t at, A) { own[at] = 0; });
+                    }
+                  });
   }
 }
 
@@ -697,7 +801,7 @@ void forward_range(const CrossEntropyForward& a, int64_t begin, int64_t end, dou
   const bool rows = along_rows(a);
   for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
     if (!rows) return forward_tile<A>(a, o, n, loss_sum, weight_sum);
-    for_each_row(a.rows, o, n, [&](const int64_t* at) { forward_row<A>(a, at, loss_sum, weight_sum); });
+    forward_rows<A>(a, o, n, loss_sum, weight_sum);
   });
 }
 
@@ -720,7 +824,9 @@ void forward_join(const CrossEntropyForward& a, int64_t row, const void* states,
   RowState<A> state;
   for (int64_t k = 0; k < chunks; ++k)
     state.merge(*reinterpret_cast<const RowState<A>*>(static_cast<const char*>(states) + k * state_bytes));
-  finish_row(a, o, state, loss_sum, weight_sum);
+  ForwardRows<A> rows;
+  rows.put(0, a, o, read_target<A>(a, o[kTarget], a.bad_target), state);
+  rows.finish(a, o, 1, loss_sum, weight_sum);
 }
 
 template <class A>

@@ -100,11 +100,6 @@ int64_t careful_argmax(const CrossEntropyRowsProblem& a, const int64_t* o) {
 // ---------------------------------------------------------------------------------------------
 // Along a row
 
-template <class A>
-const A* load_classes(const ClassTensor& t, int64_t offset, int64_t c, int64_t n, A* buffer) {
-  return load(t.dtype, t.data, offset + c * t.class_stride, t.class_stride, n, buffer);
-}
-
 // The first place of a value that is there.
 template <class A>
 LOSSOPS_INLINE int64_t first_of(const A* u, A value) {
@@ -113,22 +108,19 @@ LOSSOPS_INLINE int64_t first_of(const A* u, A value) {
   return i;
 }
 
-// f(kProbabilities, p, w): the block's probabilities and class weights, as the loops want them.
-template <class A, class F>
-LOSSOPS_INLINE void with_target(const CrossEntropyProblem& a, int64_t offset, int64_t c, int64_t n, A* buffer,
-                                const F& f) {
-  const A* w = a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + c;
-  const A* p = a.index_target() ? nullptr : load_classes(a.target, offset, c, n, buffer);
-  const std::true_type probabilities;
-  const std::false_type index;
-  if (p != nullptr && w != nullptr)
-    f(probabilities, p, w);
-  else if (p != nullptr)
-    f(probabilities, p, Uniform<A>{1});
-  else if (w != nullptr && a.label_smoothing != 0)
-    f(index, p, w);
-  else
-    f(index, p, Uniform<A>{1});
+// Adds the terms t_c*(u_c - ref).
+template <bool kProbabilities, class A, class Weight>
+LOSSOPS_INLINE void block_target(const A* u, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s,
+                                 RowState<A>& state) {
+  A target_sum = 0, dot = 0;
+#pragma omp simd reduction(+ : target_sum, dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
+    target_sum += t;
+    dot += target_term(t, u[i] - ref);
+  }
+  state.target_sum += target_sum;
+  state.dot += dot;
 }
 
 // Over the classes [c0, c1), without a class index's own terms.
@@ -519,7 +511,7 @@ void rows_forward_tile(const CrossEntropyRowsForward& a, const int64_t* o, int64
     u(a, o, transform, c0, k, n);
     if (!a.index_target()) p(a.target, o[kTarget], a.rows.inner_stride(kTarget), c0, k, n, true);
     std::copy(max, max + n, ref);
-    for (int64_t c = 0; c < k; ++c) tile_max(u.u[c], n, ref);
+    tile_max(u.all(), u.z.class_size, k, n, ref);
     for (int64_t i = 0; i < n; ++i) {
       RowFunctions<A> state;
       state.max = max[i], state.sum = sums[0][i], state.weighted = sums[1][i];
@@ -530,11 +522,9 @@ void rows_forward_tile(const CrossEntropyRowsForward& a, const int64_t* o, int64
     std::copy(ref, ref + n, max);
     for (int64_t i = 0; i < n; ++i) ref[i] = anchor(max[i]);
     for (auto& of : parts) std::fill(of, of + n, A(0)); // apart first: many added to a long sum lose digits
+    if (!a.entropy) tile_add_exp(u.all(), u.z.class_size, k, ref, n, parts[0]);
     for (int64_t c = 0; c < k; ++c) {
-      if (a.entropy)
-        tile_add_entropy(u.u[c], ref, n, parts[0], parts[1]);
-      else
-        tile_add_exp(u.u[c], ref, n, parts[0]);
+      if (a.entropy) tile_add_entropy(u.u[c], ref, n, parts[0], parts[1]);
       if (a.predicted != nullptr) tile_argmax(u.u[c], static_cast<int32_t>(c0 + c), n, most, largest);
       if (!a.has_target_sum()) continue;
       const A w = a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[c0 + c];

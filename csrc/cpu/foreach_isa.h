@@ -1,7 +1,8 @@
 // Compiles the file LOSSOPS_KERNELS once per instruction set, each time in a namespace of that name.
 // The kernels are plain loops; the compiler vectorises them for the target in force. System headers
 // come first: inside a region their inline functions would be compiled for that target too, and the
-// linker may keep that copy for everybody.
+// linker may keep that copy for everybody. What a region is compiled for stands in macros of ours:
+// GCC's own (__AVX2__, __FMA__) stay those of the command line, whatever a pragma says.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,27 +19,37 @@
 
 #ifdef LOSSOPS_KERNELS
 
+#define LOSSOPS_VECTOR_BYTES 16
+#define LOSSOPS_FMA 0
 namespace lossops::cpu::baseline {
 #include "numeric.inl"
 #include LOSSOPS_KERNELS
 } // namespace lossops::cpu::baseline
+#undef LOSSOPS_VECTOR_BYTES
+#undef LOSSOPS_FMA
 
 #if LOSSOPS_X86_KERNELS
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define LOSSOPS_VECTOR_BYTES 32
+#define LOSSOPS_FMA 1
 namespace lossops::cpu::avx2 {
 #include "numeric.inl"
 #include LOSSOPS_KERNELS
 } // namespace lossops::cpu::avx2
+#undef LOSSOPS_VECTOR_BYTES
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define LOSSOPS_VECTOR_BYTES 64
 namespace lossops::cpu::avx512 {
 #include "numeric.inl"
 #include LOSSOPS_KERNELS
 } // namespace lossops::cpu::avx512
+#undef LOSSOPS_VECTOR_BYTES
+#undef LOSSOPS_FMA
 #pragma GCC pop_options
 
 #endif // LOSSOPS_X86_KERNELS

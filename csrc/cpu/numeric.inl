@@ -2,6 +2,7 @@
 // A is the accumulation type: float, or double where an operand is float64.
 
 #define LOSSOPS_INLINE inline __attribute__((always_inline))
+#define LOSSOPS_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class To, class From>
 LOSSOPS_INLINE To bits_as(From x) {
@@ -20,15 +21,43 @@ struct Uniform {
   }
 };
 
+// Elements of A that a loop takes side by side: two vectors, so that neither waits for the other.
+template <class A>
+constexpr int64_t kLanes = 2 * LOSSOPS_VECTOR_BYTES / sizeof(A);
+
+// Joins the lanes in halves: as a reduction the compiler would take them one after the other.
+template <class A, class F>
+LOSSOPS_INLINE A fold(A* lanes, const F& f) {
+#pragma GCC unroll 8
+  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int64_t k = 0; k < half; ++k) lanes[k] = f(lanes[k], lanes[k + half]);
+  }
+  return lanes[0];
+}
+
+// Calls f(i) for each i below n, in vectors. With `again` some i are met twice: the last of the vectors
+// reaches back, for a remainder that went one by one would cost as much as many vectors.
+template <class A, class F>
+LOSSOPS_INLINE void for_each_lane(int64_t n, bool again, const F& f) {
+  const int64_t rest = again && n >= kLanes<A> ? n % kLanes<A> : 0;
+#pragma omp simd
+  for (int64_t i = 0; i < n - rest; ++i) f(i);
+  if (rest == 0) return;
+#pragma omp simd
+  for (int64_t i = n - kLanes<A>; i < n; ++i) f(i);
+}
+
 // exp for the arguments of a softmax (at most a rounding error above 0): 2^n * e^r with n = round(x/ln2),
 // below the smallest normal result 0; NaN stays NaN. Adding the magic number leaves n in the low bits
-// of the sum, without a conversion to integer that NaN would make undefined. The polynomial is the
-// minimax one of degree 5 on [-ln2/2, ln2/2] with constant 1: 1.5 ulp down to x = -10, 3.3 ulp at the end.
+// of the sum, with the exponent's bias, and no conversion to integer that NaN would make undefined. The
+// polynomial is the minimax one of degree 5 on [-ln2/2, ln2/2] with constant 1: 1.5 ulp down to x = -10, 3.3
+// ulp at the end.
 LOSSOPS_INLINE float exp(float x) {
-  constexpr float magic = 0x1.8p23f;
+  constexpr float magic = 0x1.8p23f + 127;
   const float shifted = x * 1.44269504088896341f + magic;
   const float n = shifted - magic;
-#ifdef __FMA__
+#if LOSSOPS_FMA
   const float r = x - n * 0.693147180559945309f; // fused: only the constant is rounded
 #else
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -40,13 +69,13 @@ LOSSOPS_INLINE float exp(float x) {
   p = p * r + 0x1.fffff6p-1f;
   p = p * r + 1.0f;
   // Times 2^n, not n added to p's exponent: a NaN's payload would turn it into a number.
-  const float y = p * bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
+  const float y = p * bits_as<float>(bits_as<uint32_t>(shifted) << 23);
   return x < -87.33f ? 0.0f : y;
 }
 
 // The same in double: Taylor to degree 13, whose remainder on the reduced range is under 2^-57.
 LOSSOPS_INLINE double exp(double x) {
-  constexpr double magic = 0x1.8p52;
+  constexpr double magic = 0x1.8p52 + 1023;
   const double shifted = x * 1.4426950408889634074 + magic;
   const double n = shifted - magic;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
@@ -63,7 +92,7 @@ LOSSOPS_INLINE double exp(double x) {
   p = p * r + 1.0 / 6;
   p = p * r + 0.5;
   p = (p * r) * r + r + 1.0;
-  const double y = p * bits_as<double>((bits_as<uint64_t>(shifted) + 1023u) << 52);
+  const double y = p * bits_as<double>(bits_as<uint64_t>(shifted) << 52);
   return x < -708.39 ? 0.0 : y;
 }
 
@@ -209,6 +238,7 @@ LOSSOPS_INLINE void load_as(const T* source, int64_t stride, int64_t n, A* __res
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<A>(widen(source[i]));
   } else {
+#pragma GCC unroll 8
     for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<A>(widen(source[i * stride]));
   }
 }
@@ -238,6 +268,7 @@ LOSSOPS_INLINE void store_as(const A* __restrict buffer, int64_t stride, int64_t
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) narrow(buffer[i], out[i]);
   } else {
+#pragma GCC unroll 8
     for (int64_t i = 0; i < n; ++i) narrow(buffer[i], out[i * stride]);
   }
 }

@@ -17,11 +17,15 @@ inline int64_t grain_of(const Units& units, int64_t elements_per_position) {
   return std::max<int64_t>(1, kElementsPerThread / elements_per_unit);
 }
 
+// The order in which a thread takes its units. A backward pass begins with what the forward read last and
+// the caches may still hold.
+enum class Order { ascending, descending };
+
 // Calls body(unit) for every unit of work.
-template <class F>
+template <Order order = Order::ascending, class F>
 void parallel_for_units(const Units& units, int64_t elements_per_position, const F& body) {
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) body(unit);
+    for (int64_t i = begin; i < end; ++i) body(order == Order::ascending ? i : begin + (end - 1 - i));
   };
   const int64_t grain = grain_of(units, elements_per_position);
   if (units.count <= grain) {
