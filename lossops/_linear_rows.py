@@ -397,6 +397,7 @@ class _Gradients:
         planes, classes = of.own, of.classes
         if of.pull is not None:
             g = of.pull(g)
+            planes = _rows.within_softmax(planes, g)
         z = head.shaped(chunk.z)
         target, class_weight, options = chunk.target, head.class_weight, head.options
         position = None

@@ -311,9 +311,13 @@ def row_functions(
     entropy: bool = False,
     predicted: bool = False,
     inplace_backward: bool = False,
+    part: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(planes, argmax) by the shortest way that the surroundings allow; see `_autograd.run`."""
-    args = logits, target, weight, scale_tensor, *options, entropy, predicted
+    """(planes, argmax) by the shortest way that the surroundings allow; see `_autograd.run`.
+
+    `part`: the logits are some of more, as `within_softmax` has it.
+    """
+    args = logits, target, weight, scale_tensor, *options, entropy, predicted, part
     if torch.compiler.is_compiling():
         return EagerRows.apply(*args, inplace_backward)
     if is_transformed():
@@ -324,6 +328,16 @@ def row_functions(
             )
         return Rows.apply(*args)
     return EagerRows.apply(*args, inplace_backward)
+
+
+def within_softmax(rows: Tensor, grad_rows: Tensor) -> Tensor:
+    """Planes of some classes as the derivatives take them, where the softmax is that of more: of logits that
+    are all -inf it is not 0/0 but 0.
+
+    Where the logits of all classes are -inf, so that it is NaN after all, the gradient of LOG_SUM is.
+    """
+    nothing = (rows[MAX] == -torch.inf) & ~grad_rows[LOG_SUM].isnan()
+    return torch.cat([rows[:TARGET_SUM].masked_fill(nothing, 0), rows[TARGET_SUM:]])
 
 
 def _rows_gradients(needs, options, grad_rows, rows, logits, target, weight, scale_tensor):
@@ -364,10 +378,11 @@ class EagerRows(Function):
         label_smoothing,
         entropy,
         predicted,
+        part,
         inplace_backward,
     ):
         ctx.options = scale, softcap, ignore_index, label_smoothing
-        ctx.inplace_backward = inplace_backward
+        ctx.part, ctx.inplace_backward = part, inplace_backward
         tensors = logits, target, weight, scale_tensor
         rows, largest = _forward(*tensors, *ctx.options, entropy, predicted)
         ctx.mark_non_differentiable(largest)
@@ -378,6 +393,8 @@ class EagerRows(Function):
     def backward(ctx, grad_rows, _largest):
         needs = _needs(ctx, 0)
         rows, logits, target, weight, scale_tensor = ctx.saved_tensors
+        if ctx.part:
+            rows = within_softmax(rows, grad_rows)
         tensors = rows, logits, target, weight, scale_tensor
         # Compiled autograd, too, compares no versions.
         if ctx.inplace_backward and needs[0] and not torch.compiler.is_compiling():
@@ -391,7 +408,7 @@ class EagerRows(Function):
         else:
             grads = _rows_gradients(needs, ctx.options, grad_rows, *tensors)
         grad_logits, grad_target, grad_scale = _wanted(needs, grads)
-        return grad_logits, grad_target, None, grad_scale, *(None,) * 7
+        return grad_logits, grad_target, None, grad_scale, *(None,) * 8
 
 
 class Rows(Function):
@@ -409,13 +426,14 @@ class Rows(Function):
         label_smoothing,
         entropy,
         predicted,
+        part,
     ):
         options = scale, softcap, ignore_index, label_smoothing, entropy, predicted
         return _forward(logits, target, weight, scale_tensor, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _, _, _, _, ctx.entropy, _ = inputs
+        *tensors, _, _, _, _, ctx.entropy, _, ctx.part = inputs
         ctx.options = inputs[4:8]
         rows, largest = output
         ctx.mark_non_differentiable(largest)
@@ -426,11 +444,14 @@ class Rows(Function):
     @staticmethod
     def backward(ctx, grad_rows, _largest):
         if grad_rows is None:
-            return (None,) * 10
+            return (None,) * 11
         needs = _needs(ctx, 0)
-        grads = _rows_gradients(needs, ctx.options, grad_rows, *ctx.saved_tensors)
+        rows, *tensors = ctx.saved_tensors
+        if ctx.part:
+            rows = within_softmax(rows, grad_rows)
+        grads = _rows_gradients(needs, ctx.options, grad_rows, rows, *tensors)
         grad_logits, grad_target, grad_scale = _wanted(needs, grads)
-        return grad_logits, grad_target, None, grad_scale, *(None,) * 6
+        return grad_logits, grad_target, None, grad_scale, *(None,) * 7
 
     @staticmethod
     def jvp(ctx, logits_t, target_t, weight_t, scale_t, *_):
@@ -440,6 +461,8 @@ class Rows(Function):
         terms = []
         if logits_t is not None or scale_t is not None:
             zeros = torch.zeros_like(rows)
+            if ctx.part:
+                rows = within_softmax(rows, zeros)
             args = logits_t, scale_t, zeros, rows, *tensors, *ctx.options, False, False, False
             terms.append(RowsBackwardBackward.apply(*args)[0])
         if target_t is not None:
@@ -463,9 +486,8 @@ def _along_target(
 ) -> Tensor:
     """The planes with a direction of the target's space as their target."""
     scale, softcap, _, _ = options
-    return Rows.apply(logits, direction, weight, scale_tensor, scale, softcap, _NO_IGNORE, 0.0, False, False)[
-        0
-    ]
+    linear = scale, softcap, _NO_IGNORE, 0.0
+    return Rows.apply(logits, direction, weight, scale_tensor, *linear, False, False, False)[0]
 
 
 class LinearPlanes(Function):
@@ -503,7 +525,8 @@ def _gradients_along(direction, options, grad_rows, logits, weight, scale_tensor
     planes = _along_target(direction, options, logits, weight, scale_tensor)
     upstream = LinearPlanes.apply(grad_rows, 1 - label_smoothing, planes.shape[0])
     linear = scale, softcap, _NO_IGNORE, 0.0
-    tensors = planes, logits, direction, weight, scale_tensor
+    # No softmax is part of them, nor must it be one of 0/0.
+    tensors = within_softmax(planes, upstream), logits, direction, weight, scale_tensor
     grads = RowsBackward.apply(upstream, *tensors, *linear, need_logits, False, need_scale)
     return planes, grads[0], grads[2]
 

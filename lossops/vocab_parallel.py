@@ -244,7 +244,8 @@ def local_planes(shard: Shard, rows: Tensor, local: LocalTarget, label_smoothing
     if local.owned is None:
         target_sum, dot = target_sum * local.scale, dot * local.scale
     else:
-        target_weight = target_weight.masked_fill(~local.owned, 0)
+        # Detached, as all planes share a gradient: that to a weight of 1 at a logit of -inf is infinite.
+        target_weight = target_weight.detach().masked_fill(~local.owned, 0)
         if label_smoothing:
             hard = (1 - label_smoothing) * target_weight
             spread = label_smoothing * shard.classes / max(shard.total, 1)
@@ -278,7 +279,7 @@ def global_planes(
     whole = dict(zip(sent, planes.unbind(0), strict=True))
     zeros = torch.zeros_like(whole[MAX])
     ones = zeros + (shard.total > 0)
-    target_weight, picked = whole.get(TARGET_WEIGHT, ones), whole.get(PICKED, zeros)
+    target_weight, picked = whole.get(TARGET_WEIGHT, ones).detach(), whole.get(PICKED, zeros)
     if DOT not in whole:
         whole[TARGET_SUM] = target_weight
         whole[DOT] = (target_weight * picked).masked_fill(target_weight == 0, 0) if weighted else picked
@@ -352,6 +353,7 @@ def sharded_rows(
         entropy=metrics,
         predicted=metrics,
         inplace_backward=inplace_backward,
+        part=True,
     )
     candidates = None
     if metrics:

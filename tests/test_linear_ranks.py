@@ -293,3 +293,40 @@ def check_dtensor(placement: str) -> tuple[()]:
 @pytest.mark.parametrize("placement", ["sharded", "replicated", "mesh"])
 def test_dtensors(ranks: Ranks, placement: str) -> None:
     assert ranks(check_dtensor, placement) == [()] * 4
+
+
+def check_lost_shard(reduction: str, dtype: torch.dtype) -> tuple[()]:
+    """A bias of -inf that leaves no class of ranks 1 and 3, with rows whose class is there and elsewhere."""
+    x, weight = torch.randn(6, HIDDEN, dtype=dtype), torch.randn(8, HIDDEN, dtype=dtype)
+    bias = torch.zeros(8, dtype=dtype)
+    bias[2:4] = bias[6:] = -torch.inf
+    target, mine = torch.tensor([2, 0, 7, 5, -100, 3]), slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    whole = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    leaves = [t.clone().requires_grad_() for t in (x, weight[mine], bias[mine])]
+    results = []
+    for given, options in ((whole, {}), (leaves, {"group": dist.group.WORLD})):
+        options |= {"linear_bias": given[2], "reduction": reduction, "chunk_size": 4}
+        loss, metrics = linear_cross_entropy_with_metrics(*given[:2], target, **options)
+        value = (loss + metrics.entropy).sum()
+        grads = torch.autograd.grad(value, given, create_graph=dtype == torch.float64)
+        seconds = ()
+        if dtype == torch.float64:  # along the bias there are infinities
+            parts = sum(g.square().sum() for g in grads[:2])
+            seconds = torch.autograd.grad(parts, given[:2])
+        results.append((loss.detach(), metrics.entropy.detach(), *grads, *seconds))
+    expected, actual = results
+    names = ("loss", "entropy", "x", "weight", "bias", "second of x", "second of weight")
+    for name, e, a in zip(names, expected, actual, strict=False):
+        e = e.detach()[mine] if "weight" in name or name == "bias" else e.detach()
+        assert name == "loss" or e.isfinite().all(), name
+        # Of 16 bits, both are rounded, and so are the terms of x's gradient.
+        assert_near(a.detach(), e.double(), scale=1e5 if dtype == torch.bfloat16 else 1e3, message=name)
+    return ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_shard_of_nothing_but_minus_infinity_is_as_unsharded(
+    ranks: Ranks, reduction: str, dtype: torch.dtype
+) -> None:
+    assert ranks(check_lost_shard, reduction, dtype) == [()] * 4

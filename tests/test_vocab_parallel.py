@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from devices import BACKENDS, CPU, EMULATED, on, using
 from ranks import Collectives, Ranks, assert_none_wrong, forget_agreements, member, run_examples
 from tolerances import assert_near
 from torch import Tensor
@@ -307,6 +308,105 @@ def check_hard_rows(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"logit_scale": 0.5}], ids=str)
 def test_infinities_and_nans_across_shards(ranks: Ranks, options: dict[str, Any]) -> None:
     ranks(check_hard_rows, options)
+
+
+def lost_shards() -> tuple[Tensor, Tensor]:
+    """Logits of four shards of two classes, some of nothing but -inf, and targets in these and elsewhere."""
+    logits = torch.randn(9, 8, dtype=torch.float64)
+    target = torch.tensor([0, 5, 7, 2, 4, 3, 1, 6, -100])
+    logits[:2, :2] = -INF
+    logits[2, 6:] = -INF
+    logits[3:5, [0, 1, 4, 5, 6, 7]] = -INF
+    logits[5, 3] = -INF
+    logits[6] = -INF
+    logits[8, 2:4] = -INF
+    return logits, target
+
+
+LOST_SHARDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "weight": {"weight": torch.arange(8.0) + 0.5, "z_loss": 0.1},
+    "both": {"weight": torch.arange(8.0), "label_smoothing": 0.1},
+    "scale": {"logit_scale": 0.5},
+    "softcap": {"softcap": 3.0, "label_smoothing": 0.1},
+    "probabilities": {"z_loss": 0.1},
+    "weighted probabilities": {"weight": torch.arange(8.0) + 0.5, "label_smoothing": 0.1},
+}
+
+
+def loss_and_derivatives(function: Any, leaves: list[Tensor], along: list[Tensor]) -> dict[str, Tensor]:
+    """Of a loss and metrics of every row; `along` the gradients, the second ones."""
+    results: dict[str, Tensor] = {}
+    for name in ("loss", "entropy", "lse"):
+        loss, metrics = function(*leaves)
+        results |= {"loss": loss, **metrics._asdict()}
+        upstream = (torch.arange(loss.numel()).reshape(loss.shape) + 1.0).to(loss.dtype).requires_grad_()
+        given = leaves if name == "loss" else leaves[:1]  # of probabilities only the loss is a function
+        grads = torch.autograd.grad(results[name], given, upstream, create_graph=True)
+        tangent = sum((g * v).sum() for g, v in zip(grads, along, strict=False))
+        seconds = torch.autograd.grad(tangent, [*given, upstream], allow_unused=True, materialize_grads=True)
+        assert name == "loss" or grads[0][:6].isfinite().all()
+        results |= {f"gradient of {name} to {k}": g for k, g in enumerate(grads)}
+        results |= {f"second derivative of {name} to {k}": g for k, g in enumerate(seconds)}
+    return {name: result.detach() for name, result in results.items()}
+
+
+def check_lost_shards(name: str, dtype: torch.dtype, tiles: bool, backend: str) -> None:
+    logits, target = lost_shards()
+    options = dict(LOST_SHARDS[name])
+    if "probabilities" in name:  # a probability of 0 at a logit of -inf, and one that is not
+        target = torch.rand(9, 8, dtype=torch.float64).masked_fill(logits.isinf(), 0)
+        target[0, 0] = target[2, 6] = target[4, 5] = 0.5
+    directions = [torch.randn(9, 8, dtype=torch.float64) for _ in range(2)]
+    tensors = [logits, *([target] if target.is_floating_point() else []), *directions]
+    if tiles:  # (N, C, d)
+        tensors = [x.unsqueeze(2).expand(-1, -1, 3) for x in tensors]
+        target = target.unsqueeze(1).expand(-1, 3) if target.dim() == 1 else target
+    whole, tangents = [x.to(dtype) for x in tensors[:-2]], [x.to(dtype) for x in tensors[-2:]]
+    rank = dist.get_rank()
+
+    def loss(function: Any, **weight: Any) -> Any:
+        def of(logits: Tensor, given: Tensor = target) -> Any:
+            return function(logits, given, reduction="none", **{**options, **weight})
+
+        return of
+
+    with using(backend):
+        expected = loss_and_derivatives(
+            loss(lossops.functional.cross_entropy_with_metrics),
+            [x.clone().requires_grad_() for x in whole],
+            tangents[: len(whole)],
+        )
+        actual = loss_and_derivatives(
+            loss(vocab_parallel_cross_entropy_with_metrics),
+            [sharded(x) for x in whole],
+            [x.tensor_split(4, 1)[rank] for x in tangents[: len(whole)]],
+        )
+    finite = expected["lse"].isfinite()
+    for key, value in expected.items():
+        if value.shape == whole[0].shape:
+            value = value.tensor_split(4, 1)[rank]
+        if not value.is_floating_point():
+            assert torch.equal(actual[key], value), key
+            continue
+        given = actual[key]
+        if "derivative" in key:  # the row without any finite logit has NaN in some places, and in others none
+            rows = finite.unsqueeze(1).expand_as(value) if value.dim() > finite.dim() else finite
+            value, given = value[rows], given[rows]
+        assert_near(given, value.double(), scale=100, message=key)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("name", LOST_SHARDS)
+@on(CPU, EMULATED)
+def test_a_shard_of_nothing_but_minus_infinity_is_as_unsharded(
+    ranks: Ranks, name: str, tiles: bool, device: str
+) -> None:
+    backends = [device] if device != CPU else [b for b in BACKENDS if b.startswith("cpu-")]
+    for backend in backends:
+        for dtype in (torch.float64, torch.float32):
+            ranks(check_lost_shards, name, dtype, tiles, backend)
 
 
 def check_zero_targets_at_minus_infinity() -> None:
