@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from ._autograd import is_transformed
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
@@ -40,30 +42,65 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
 
 
-class Replicated(Function):
-    """A replicated tensor on its way into what each rank computes of its own part: the gradient is summed."""
+# torch.compile traces no Function with a jvp: forward mode has Functions of its own.
 
+
+def replicated(x: Tensor, group: str) -> Tensor:
+    """A replicated tensor on its way into what each rank computes of its own part: the gradient is summed."""
+    return (ReplicatedForward if is_transformed() else Replicated).apply(x, group)
+
+
+def summed(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks' parts, a replicated tensor: each part's gradient is the sum's."""
+    return (SummedForward if is_transformed() else Summed).apply(x, group)
+
+
+class Replicated(Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(x, group):
         return x.view_as(x)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
+
+    @staticmethod
     def backward(ctx, grad):
-        return Summed.apply(grad, ctx.group), None
+        return summed(grad, ctx.group), None
+
+    @staticmethod
+    def vmap(info, in_dims, x, group):
+        return replicated(x, group), in_dims[0]
+
+
+class ReplicatedForward(Replicated):
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return replicated(tangent, ctx.group)
 
 
 class Summed(Function):
-    """The sum over the ranks' parts, a replicated tensor: each part's gradient is the sum's."""
-
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(x, group):
         return all_reduce(x, group)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
+
+    @staticmethod
     def backward(ctx, grad):
-        return Replicated.apply(grad, ctx.group), None
+        return replicated(grad, ctx.group), None
+
+    @staticmethod
+    def vmap(info, in_dims, x, group):
+        return summed(x, group), in_dims[0]
+
+
+class SummedForward(Summed):
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return summed(tangent, ctx.group)
 
 
 def group_name(op: str, group: ProcessGroup | None) -> str:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ._autograd import MEAN, NONE, autocast_dtype, reduction_code
-from ._distributed import Replicated, Summed, all_reduce, target_weight_sum
+from ._distributed import all_reduce, replicated, summed, target_weight_sum
 from ._explain import note
 from ._family import CrossEntropyMetrics, checked_dtype, loss_dtype
 from ._rows import class_dim
@@ -72,7 +72,7 @@ class _Layout:
         """The whole of a tensor, whose gradient is summed over the rows of all ranks."""
         x = self.local(x, self.replicated)
         for group in self.row_groups if isinstance(x, Tensor) else ():
-            x = Replicated.apply(x, group)
+            x = replicated(x, group)
         return x
 
     def divisor(self, target: Tensor, ignore_index: int, weight: Tensor | None) -> float | Tensor:
@@ -121,7 +121,7 @@ def loss_of_dtensor(
     )
     loss, of_rows = _local_loss(layout, input.to_local(), target, given, metrics)
     for group in parts:
-        loss = Summed.apply(loss, group)
+        loss = summed(loss, group)
     if of_rows is not None:
         of_rows = CrossEntropyMetrics(*map(layout.of_rows, of_rows))
     if code == NONE:

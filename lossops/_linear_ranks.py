@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from . import _rows
-from ._distributed import Replicated, Shard, all_gather, all_reduce
+from ._distributed import Shard, all_gather, all_reduce
 from .vocab_parallel import (
     LocalTarget,
     best_classes,
@@ -81,29 +80,12 @@ class Ranks:
         return all_reduce(x, self.shard.group)
 
 
-def whole_rows(head: Head) -> tuple[Tensor, Tensor]:
-    """(planes, best classes) of all classes, differentiable to every order, of all rows' logits at once."""
-    shard, group = shard_of(head), head.group
-    x = Replicated.apply(head.x, group)
-    scale = None if head.scale_tensor is None else Replicated.apply(head.scale_tensor, group)
-    z = torch.nn.functional.linear(x, head.weight, head.bias)
-    if head.lora_a is not None and head.lora_b is not None:
-        a = Replicated.apply(head.lora_a, group)
-        low = torch.nn.functional.linear(x.to(a.dtype), a) * head.lora_scaling
-        z = z + torch.nn.functional.linear(low, head.lora_b).to(z.dtype)
-    z = z.reshape(z.shape[0], head.classes, *head.row_shape[1:])
-    return sharded_rows(
-        shard, z, head.target, head.class_weight, scale, head.options, 0.0, metrics=head.entropy
-    )
-
-
-def whole_gradients(head: Head, wanted: list[str], g: Tensor) -> list[Tensor]:
-    """The gradients that are wanted, of the planes' gradients, differentiable to every order."""
-    given = head._asdict()
-    # Views: the path from one of them to another that it is made of is not this function's.
-    leaves = [given[name].view_as(given[name]) for name in wanted]
-    planes, _ = whole_rows(head._replace(**dict(zip(wanted, leaves, strict=True))))
-    return list(torch.autograd.grad(planes, leaves, g, create_graph=True))
+def chunk_of_all(head: Head, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(planes, best classes) of all classes from this rank's logits, differentiable to every order."""
+    shard = shard_of(head)
+    args = shard, z, head.target, head.class_weight, head.scale_tensor, head.options, 0.0
+    planes, best = sharded_rows(*args, metrics=head.entropy)
+    return planes, best[0].masked_fill(~head.counted, -1) if head.predicted else best
 
 
 def most_probable_of_all(shard: Shard, probabilities: Tensor, like: Tensor) -> Tensor:

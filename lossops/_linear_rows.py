@@ -24,9 +24,10 @@ from torch.autograd import Function
 
 from . import _rows
 from ._autograd import accumulation, differentiates_backward, is_batched, is_transformed, ordered_sum
+from ._distributed import replicated
 from ._explain import note
 from ._family import Family, row_losses, upstream, weighted_losses, without_unused
-from ._linear_ranks import Ranks, whole_gradients, whole_rows
+from ._linear_ranks import Ranks, chunk_of_all
 from ._rows import row_functions, transform_reference, with_values
 
 # Whether this processor multiplies bfloat16. Asked once, and not where torch.compile would have to trace the
@@ -134,6 +135,12 @@ _OPTIONS = (
 # Which gradients are wanted, in this order everywhere.
 _GRADIENTS = ("x", "weight", "bias", "target", "scale_tensor", "lora_a", "lora_b")
 _PLACES = tuple(Head._fields.index(name) for name in _GRADIENTS)
+
+
+def _held_alike(head: Head) -> list[tuple[str, Tensor]]:
+    """What has a gradient and is the same on every rank, with its name."""
+    given = ("x", head.x), ("scale_tensor", head.scale_tensor), ("lora_a", head.lora_a)
+    return [(name, t) for name, t in given if t is not None]
 
 
 def default_chunk(rows: int, logits_a_row: int) -> int:
@@ -485,7 +492,7 @@ class _Gradients:
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order of _GRADIENTS, empty where not wanted."""
         if self.ranks is not None:  # every rank holds these, and has a part of their gradients
-            for name in ("x", "scale_tensor", "lora_a"):
+            for name, _ in _held_alike(self.head):
                 if self.needs[name]:
                     self.sums[name] = self.ranks.summed(self.sums[name])
         return tuple(self.sums.get(name, self.head.x.new_empty((0,))) for name in _GRADIENTS)
@@ -621,11 +628,6 @@ def _(row_weight, z_loss, *args):
 def linear_rows(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """(planes, predicted, filtered) by the shortest way that the surroundings allow."""
     if is_transformed() and not torch.compiler.is_compiling():
-        if head.group:
-            raise RuntimeError(
-                "linear_cross_entropy: a sharded head does not work under torch.func and forward-mode AD, "
-                "which no collective knows"
-            )
         planes, predicted = general_rows(head)
         return planes, predicted, planes.new_zeros((0,))
     if _needs_gradient(head):
@@ -885,15 +887,20 @@ def _general_plan(head: Head) -> tuple[_Plan, tuple[int, ...]]:
 
     def planes(*tensors):
         part = head._replace(**{Head._fields[p]: t for p, t in zip(places, tensors, strict=True)})
+        if head.group:
+            alike: dict[str, Any] = {name: replicated(t, head.group) for name, t in _held_alike(part)}
+            part = part._replace(**alike)
         bias = None if part.bias is None else part.bias.to(dtype)
         z = torch.nn.functional.linear(part.x.to(dtype), part.weight.to(dtype), bias)
         if part.lora_a is not None and part.lora_b is not None:
             low = torch.nn.functional.linear(part.x.to(dtype), part.lora_a.to(dtype)) * part.lora_scaling
             z = z + torch.nn.functional.linear(low, part.lora_b.to(dtype))
         z = z.reshape(z.shape[0], part.classes, *part.row_shape[1:])
-        rows, predicted = row_functions(
-            z, part.target, part.class_weight, part.scale_tensor, part.options, part.entropy, part.predicted
-        )
+        if head.group:
+            rows, predicted = chunk_of_all(part, z)
+        else:
+            tensors = z, part.target, part.class_weight, part.scale_tensor
+            rows, predicted = row_functions(*tensors, part.options, part.entropy, part.predicted)
         return torch.cat([rows, predicted.to(rows.dtype).unsqueeze(0)]) if part.predicted else rows
 
     by_rows = {Head._fields.index("x"): 0, Head._fields.index("target"): 0}
@@ -903,9 +910,6 @@ def _general_plan(head: Head) -> tuple[_Plan, tuple[int, ...]]:
 
 def general_rows(head: Head) -> tuple[Tensor, Tensor]:
     """(planes, predicted), differentiable to every order."""
-    if head.group:
-        note("linear head over ranks: the second derivative makes all rows' logits")
-        return whole_rows(head)
     plan, places = _general_plan(head)
     (planes,) = Chunked.apply(plan, *(head[place] for place in places))
     if not head.predicted:
@@ -915,10 +919,6 @@ def general_rows(head: Head) -> tuple[Tensor, Tensor]:
 
 def general_gradients(head: Head, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
     """The gradients that are wanted, of the planes' gradients, differentiable to every order."""
-    if head.group:
-        names = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
-        by_name = dict(zip(names, whole_gradients(head, names, g), strict=True))
-        return [by_name.get(name) for name in _GRADIENTS]
     plan, places = _general_plan(head._replace(predicted=False))
     wanted = [place for place, need in zip(_PLACES, needs, strict=True) if need]
     plan = plan.vjp(tuple(places.index(place) for place in wanted), (0,))

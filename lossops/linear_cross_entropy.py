@@ -545,8 +545,8 @@ def linear_cross_entropy(
             ``lora`` and probability targets hold this rank's classes, ``weight`` this rank's or all;
             ``input``, index targets and everything else are the same on every rank, and so are their
             gradients, the sums of all ranks'. One all-gather a chunk (and one more where the backward
-            computes the logits again), one all-reduce for the input's gradient. A second derivative makes the
-            logits of all rows; not under torch.func, nor with ``gradient_filter``.
+            computes the logits again), one all-reduce for the input's gradient. Under torch.func and in forward
+            mode a rank's tangents are its part of one. Not with ``gradient_filter``.
         vocab_start, vocab_size: as in :func:`vocab_parallel_cross_entropy`, with ``group``.
         lora: ``(A, B, scaling)`` with ``A`` of shape ``(r, H)`` and ``B`` of shape ``(C, r)``: the weight is
             ``linear_weight + scaling * B @ A``, which is never built (`LoRA

@@ -35,7 +35,15 @@ from ._autograd import (
     reduction_code,
     unsupported_dtype,
 )
-from ._distributed import Replicated, Shard, agree, all_gather, announce_failure, group_name
+from ._distributed import (
+    Shard,
+    agree,
+    all_gather,
+    announce_failure,
+    group_name,
+    replicated,
+    summed,
+)
 from ._explain import note
 from ._family import (
     CrossEntropyMetrics,
@@ -121,15 +129,37 @@ def local_gradients(grad: Tensor, planes: Tensor, local: Tensor, sent: Sequence[
     return torch.stack([grads[k] for k in sent])
 
 
-class Exchange(Function):
+def global_tangents(tangent: Tensor, planes: Tensor, local: Tensor, sent: Sequence[int]) -> Tensor:
+    """This rank's part of the tangents of all classes' planes, from those of its own: the adjoint of
+    `local_gradients`."""
+    along, whole, mine = (dict(zip(sent, x.unbind(0), strict=True)) for x in (tangent, planes, local))
+    shift = _base(mine[MAX]) - _base(whole[MAX])
+    log_p = mine[LOG_SUM] + shift - whole[LOG_SUM]
+    p = log_p.exp()
+    if ENTROPY in along:
+        distance = (mine[ENTROPY] - log_p - whole[ENTROPY]).masked_fill(p == 0, 0)
+        along[ENTROPY] = p * (along[ENTROPY] + along[LOG_SUM] * distance)
+    if DOT in along:
+        along[DOT] = along[DOT] + along[TARGET_SUM] * shift
+    along[LOG_SUM] = p * along[LOG_SUM]
+    along[MAX] = torch.zeros_like(p)
+    return torch.stack([along[k] for k in sent])
+
+
+def exchange(
+    local: Tensor, candidates: Tensor, shard: Shard, sent: Sequence[int], numbers: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
     """(planes of all classes, best classes) of this rank's planes and candidates.
 
     `candidates`: of each kind a value, and a class index in two numbers. `numbers`: what `_NUMBERS` names.
     """
+    function = ExchangeForward if is_transformed() else Exchange
+    return function.apply(local, candidates, shard, sent, numbers)
 
+
+class Exchange(Function):
     @staticmethod
-    def forward(ctx, local, candidates, shard, sent, numbers):
-        ctx.group, ctx.sent = shard.group, sent
+    def forward(local, candidates, shard, sent, numbers):
         header = torch.cat([local.new_full((1,), number) for number in (shard.digest, *numbers)])
         parts = header, local.flatten(), candidates.flatten()
         gathered = all_gather(torch.cat(parts), shard.group, shard.size)
@@ -140,18 +170,44 @@ class Exchange(Function):
             planes = planes.where(alike, torch.nan)  # asking would break the graph, or wait for the device
         elif not alike:
             raise _disagreement(headers)
-        best = best_classes(candidates_of_all.reshape(shard.size, *candidates.shape))
+        return planes, best_classes(candidates_of_all.reshape(shard.size, *candidates.shape))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        local, _, shard, ctx.sent, _ = inputs
+        planes, best = output
+        ctx.group = shard.group
         ctx.mark_non_differentiable(best)
         ctx.save_for_backward(local, planes)
-        return planes, best
+        ctx.save_for_forward(local, planes)
 
     @staticmethod
     def backward(ctx, grad, _best):
         local, planes = ctx.saved_tensors
         if differentiates_backward():
             # What comes back along them is this rank's part, and there is one collective for both.
-            grad, planes = Replicated.apply(torch.stack([grad, planes]), ctx.group)
+            grad, planes = replicated(torch.stack([grad, planes]), ctx.group)
         return local_gradients(grad, planes, local, ctx.sent), *(None,) * 4
+
+    @staticmethod
+    def vmap(info, in_dims, local, candidates, *args):
+        def last(x, dim):
+            return x.unsqueeze(-1).expand(*x.shape, info.batch_size) if dim is None else x.movedim(dim, -1)
+
+        planes, best = exchange(last(local, in_dims[0]), last(candidates, in_dims[1]), *args)
+        return (planes, best), (planes.dim() - 1, best.dim() - 1)
+
+
+class ExchangeForward(Exchange):
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        local, planes = ctx.saved_tensors
+
+        def part(tangent, planes, local):
+            return (global_tangents(tangent, planes, local, ctx.sent),)
+
+        (mine,) = _rows.PlainPyTorch.apply(part, tangent, replicated(planes, ctx.group), local)
+        return summed(mine, ctx.group), None
 
 
 _NUMBERS = ("configuration", "rows", "ignore_index", "label_smoothing", "logit_scale", "softcap", "z_loss")
@@ -274,8 +330,8 @@ def global_planes(
     if candidates is None:
         candidates = rows.new_empty((0, 3, *rows.shape[1:]))
     numbers = rows[0].numel(), *numbers
-    args = torch.stack([mine[k] for k in sent]), candidates.detach(), shard, sent, numbers
-    planes, best = Exchange.apply(*args)
+    stacked = torch.stack([mine[k] for k in sent])
+    planes, best = exchange(stacked, candidates.detach(), shard, sent, numbers)
     whole = dict(zip(sent, planes.unbind(0), strict=True))
     zeros = torch.zeros_like(whole[MAX])
     ones = zeros + (shard.total > 0)
@@ -369,7 +425,7 @@ def weight_of(shard: Shard, weight: Tensor) -> Tensor:
     """The class weights of this rank's classes, of theirs or of all."""
     if not shard.whole_weight:
         return weight
-    whole = Replicated.apply(weight, shard.group) if may_be_differentiated(weight) else weight
+    whole = replicated(weight, shard.group) if may_be_differentiated(weight) else weight
     return whole[shard.start : shard.start + shard.classes]
 
 
@@ -402,10 +458,6 @@ Description = tuple[tuple[str, str], ...]
 
 def _described(op: str, logits: Tensor, target: Tensor, given: Arguments, metrics: bool) -> Description:
     """What all ranks must have alike; raises what is wrong with this one's arguments."""
-    if is_transformed():
-        raise RuntimeError(
-            f"{op}: does not work under torch.func and forward-mode AD, which no collective knows"
-        )
     rows, index_target = _rows.row_shape(op, logits, target, None)
     if logits.dtype not in KERNEL_DTYPES:
         raise unsupported_dtype(op, "input", logits)
@@ -510,7 +562,7 @@ def _loss_of_shard(
             weight, label_smoothing = None, 0.0
     scale_tensor, scale = family.scale(accumulation(logits, target, weight), logits.device)
     if scale_tensor is not None:
-        scale_tensor = Replicated.apply(scale_tensor, shard.group)
+        scale_tensor = replicated(scale_tensor, shard.group)
     options = scale, float(family.softcap or 0.0), ignore_index, label_smoothing
     planes, best = sharded_rows(
         shard,
@@ -575,8 +627,9 @@ def vocab_parallel_cross_entropy(
     Each rank holds the logits of some classes that follow each other, for the same rows. All ranks get the
     loss of all classes, and each the gradient of its own logits. One all-gather forward and no communication
     backward; every rank has to call backward, with the same upstream gradient. For the second derivative
-    too, each rank differentiates its own gradients: one all-reduce. The numbers and methods are those of
-    ``cross_entropy``; the convention is that of `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
+    too, each rank differentiates its own gradients: one all-reduce. Under torch.func and in forward mode all
+    ranks apply the same transforms, and a rank's tangent is its part of one tangent (so that there is no
+    ``jacfwd``). The numbers and methods are those of ``cross_entropy``; the convention is that of `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
 
     >>> logits = hidden @ my_rows_of_the_head.T  # (N, C / ranks)
     >>> lossops.vocab_parallel_cross_entropy(logits, target, group=tensor_parallel).backward()
@@ -606,10 +659,10 @@ def vocab_parallel_cross_entropy(
         IndexError: a class index outside [0, C) for the classes of all ranks; on every rank. On a GPU, and
             under ``torch.compile``, the message names this rank's number of classes.
         RuntimeError, ValueError: ranks that call this with other shapes, dtypes or options, or whose shards
-            do not follow each other, on all of them; torch.distributed that is not initialized; torch.func.
-            The first call of each configuration compares them through the process group's store, every call
-            by a few numbers in its message: where those differ on a GPU or under ``torch.compile``, which
-            cannot raise, the loss is NaN.
+            do not follow each other, on all of them; torch.distributed that is not initialized. The first
+            call of each configuration compares them through the process group's store, every call by a few
+            numbers in its message: where those differ on a GPU or under ``torch.compile``, which cannot
+            raise, the loss is NaN.
         Others: as ``cross_entropy``, on the rank that is concerned, and a RuntimeError on those that ask.
     """
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ import torch.distributed as dist
 from ranks import Ranks, assert_none_wrong, forget_agreements, run_examples
 from tolerances import assert_near
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as DShard
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map
 
 from lossops.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from lossops.linear_cross_entropy import linear_cross_entropy_reference
@@ -191,6 +195,97 @@ def test_one_gather_a_chunk(ranks: Ranks) -> None:
         for seen in ranks(messages, reduction, True):
             assert sum("all_gather" in name for name in seen) == 3 + again
             assert sum("all_reduce" in name for name in seen) == 1
+
+
+def peak_beyond_a_chunk(way: str) -> int:
+    """Bytes of a step of higher order; a process that has profiled keeps more than another one."""
+    sys.path.append(str(Path(__file__).parents[1] / "bench"))
+    from _measure import Cpu
+
+    rows, classes = 2048, 8192  # of each rank: 67 MB of logits; a chunk is 2 MB
+    x, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, classes))
+    target = torch.randint(0, 2 * classes, (rows,))
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, target, chunk_size=64, group=dist.group.WORLD)
+
+    def step() -> None:
+        given = x.detach(), weight.detach()
+        if way == "jvp":
+            torch.func.jvp(loss, given, given)
+        else:
+            grads = torch.autograd.grad(loss(x, weight), (x, weight), create_graph=True)
+            torch.autograd.grad(sum(g.square().sum() for g in grads), (x, weight))
+
+    step()  # imports what it needs
+    measure = Cpu()
+    measure.PEAK_SECONDS = 0  # as many readings on every rank
+    return measure.peak(step, [x, weight], kept=0) or 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="wants Linux's /proc")
+@pytest.mark.parametrize("way", ["create_graph", "jvp"])
+def test_higher_derivatives_hold_a_chunk_of_the_logits(way: str) -> None:
+    pair = Ranks(2, limit=30)
+    try:
+        assert all(peak < 4 * 2048 * 8192 / 2 for peak in pair(peak_beyond_a_chunk, way))
+    finally:
+        pair.close()
+
+
+def check_transforms(probabilities: bool) -> tuple[()]:
+    """Those of the whole head, and this rank's part of them."""
+    rank = dist.get_rank()
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    x, weight, bias, target = drawn(5, HIDDEN), drawn(9, HIDDEN), drawn(9), torch.tensor([0, 8, 4, -100, 1])
+    if probabilities:
+        target = drawn(5, 9).softmax(1)
+    values, along = (x, weight, bias), (drawn(5, HIDDEN), drawn(9, HIDDEN), drawn(9))
+
+    def mine(x: Any) -> Any:
+        def part(t: Tensor) -> Tensor:
+            sharded = [dim for dim, size in enumerate(t.shape) if size == 9]
+            return t.tensor_split(4, sharded[0])[rank] if sharded else t
+
+        return tree_map(part, x)
+
+    def loss(group: dist.ProcessGroup | None) -> Any:
+        given = target if group is None else mine(target)
+
+        def of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            options = {"linear_bias": bias, "z_loss": 0.1, "chunk_size": 2, "group": group}
+            value, metrics = linear_cross_entropy_with_metrics(x, weight, given, **options)
+            assert probabilities or metrics.predicted.shape == (5,)
+            return (value + metrics.entropy.sum()).square()
+
+        return of
+
+    def derivatives(loss: Any, values: Any, along: Any) -> dict[str, Any]:
+        grad = torch.func.grad(loss, (0, 1, 2))
+        several = torch.stack([values[0], values[0].flip(0), values[0] + 1])
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(v, t) for v, t in zip(values, along, strict=True)]
+            tangent = forward_ad.unpack_dual(loss(*duals)).tangent
+        return {
+            "grad": grad(*values),
+            "jvp": torch.func.jvp(loss, values, along),
+            "forward mode": tangent,
+            "jvp of grad": torch.func.jvp(grad, values, along)[1],
+            "vmap of grad": torch.vmap(grad, (0, None, None))(several, *values[1:]),
+        }
+
+    expected = derivatives(loss(None), values, along)
+    actual = derivatives(loss(dist.group.WORLD), mine(values), mine(along))
+    torch.testing.assert_close(actual, mine(expected), rtol=1e-9, atol=1e-11)
+    return ()
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_transforms(ranks: Ranks, probabilities: bool) -> None:
+    assert ranks(check_transforms, probabilities) == [()] * 4
 
 
 def compiled(reduction: str) -> tuple[Tensor, ...]:

@@ -21,10 +21,12 @@ from devices import BACKENDS, CPU, EMULATED, on, using
 from ranks import Collectives, Ranks, assert_none_wrong, forget_agreements, member, run_examples
 from tolerances import assert_near
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+from torch.utils._pytree import tree_map
 
 import lossops
 from lossops._distributed import _talks_of
@@ -677,15 +679,6 @@ def test_two_vocabularies_in_one_group(ranks: Ranks) -> None:
     ranks(check_two_vocabularies)
 
 
-def check_transforms() -> None:
-    with pytest.raises(RuntimeError, match=r"does not work under torch.func"):
-        torch.func.grad(lambda z: vocab_parallel_cross_entropy(z, torch.tensor([0, 1])))(torch.randn(2, 3))
-
-
-def test_transforms_are_refused(ranks: Ranks) -> None:
-    ranks(check_transforms)
-
-
 def agreed_calls_that_meet(compiled: bool) -> str | None:
     """Two calls that both ranks know, of which rank 1 then makes the other one."""
     if (group := member(2)) is None:
@@ -755,6 +748,97 @@ def test_a_rank_that_does_not_come_is_an_error_in_time(action: str, message: str
     finally:
         pair.close()
     assert not any(process.is_alive() for process in pair.processes)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.func and forward mode
+
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "family": {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0},
+    "weight": {"weight": torch.arange(9).double() + 0.5, "ignore_index": 1},
+    "none": {"reduction": "none"},
+    "probabilities": {"weight": torch.arange(9).double() + 0.5, "label_smoothing": 0.1},
+}
+
+
+def derivatives(loss: Any, values: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> dict[str, Any]:
+    """By every transform, along tangents of which each rank has its own values' part."""
+    places = tuple(range(len(values)))
+
+    def total(*values: Tensor) -> Tensor:
+        return loss(*values).square().sum()
+
+    def grad(*values: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(total, places)(*values)
+
+    def slope(*values: Tensor) -> Tensor:
+        return torch.func.jvp(total, values, along)[1]
+
+    def dual(*values: Tensor) -> Any:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(v, t) for v, t in zip(values, along, strict=True)]
+            return forward_ad.unpack_dual(total(*duals)).tangent
+
+    return {
+        "grad": grad(*values),
+        "jvp": torch.func.jvp(loss, values, along),
+        "forward mode": dual(*values),
+        "jvp of grad": torch.func.jvp(grad, values, along)[1],
+        "grad of jvp": torch.func.grad(slope, places)(*values),
+        "jvp of jvp": torch.func.jvp(slope, values, along)[1],
+        "jacrev": torch.func.jacrev(loss, places)(*values),
+    }
+
+
+def check_transforms(name: str) -> None:
+    """Those of the whole logits, and this rank's part of them."""
+    options, rank = dict(TRANSFORMED[name]), dist.get_rank()
+    probabilities = name == "probabilities"
+    logits, *along = (torch.randn(4, 9, dtype=torch.float64) for _ in range(3))
+    target = torch.rand(4, 9, dtype=torch.float64) if probabilities else torch.tensor([0, 8, 4, 1])
+    values = (logits, target) if probabilities else (logits,)
+
+    def mine(x: Any) -> Any:
+        return tree_map(lambda t: t.tensor_split(4, -1)[rank] if t.shape[-1:] == (9,) else t, x)
+
+    def loss(function: Any) -> Any:
+        def of(logits: Tensor, given: Tensor = target) -> Tensor:
+            loss, metrics = function(logits, given, **options)
+            return loss + metrics.entropy.sum()
+
+        return of
+
+    whole, parts = (
+        loss(lossops.functional.cross_entropy_with_metrics),
+        loss(vocab_parallel_cross_entropy_with_metrics),
+    )
+    expected = derivatives(whole, values, tuple(along[: len(values)]))
+    actual = derivatives(parts, mine(values), mine(tuple(along[: len(values)])))
+    assert_close(actual, mine(expected))
+
+    def of_each(loss: Any, *values: Tensor) -> Any:
+        """Gradients of each of three batches, of which the last holds other logits alone."""
+        grad = torch.func.grad(lambda *values: loss(*values).square().sum(), tuple(range(len(values))))
+        return torch.vmap(grad)(*values)
+
+    batched = tuple(torch.stack([v, v.flip(0), v + 1]) for v in values)
+    assert_close(of_each(parts, *mine(batched)), mine(of_each(whole, *batched)))
+    if not probabilities:
+        targets = torch.stack([target, target.flip(0), target])
+        assert_close(
+            torch.vmap(torch.func.grad(lambda z, t: parts(z, t).sum()))(mine(batched[0]), targets),
+            mine(torch.vmap(torch.func.grad(lambda z, t: whole(z, t).sum()))(batched[0], targets)),
+        )
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms(ranks: Ranks, name: str) -> None:
+    ranks(check_transforms, name)
 
 
 # --------------------------------------------------------------------------------------------------
