@@ -43,7 +43,7 @@ from ._linear_ranks import most_probable_of_all, shard_of
 from ._linear_rows import Head, default_chunk, linear_rows, linear_total, product_dtype, wants_total
 from ._rows import NO_WEIGHT_DERIVATIVE, check_class_weight, check_smoothing, weighted_probabilities
 from .cross_entropy import _is_dtensor, cross_entropy_reference
-from .vocab_parallel import weight_of
+from .vocab_parallel import class_indices, weight_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -373,6 +373,8 @@ def _run(call: _Call) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
         if call.weight is not None:
             call = call._replace(weight=weight_of(shard, call.weight))
     target, row_weight, family = _flat(call, shape, index_target)
+    if shard is not None and index_target:
+        target = class_indices(target, _OP, call.ignored, shard.total)
     head = _head(call, shape, target, index_target, shard)
     _note_chunks(head)
     nothing = call.shift and call.input.shape[-2] < 2  # no position has a next one
@@ -545,8 +547,8 @@ def linear_cross_entropy(
             ``lora`` and probability targets hold this rank's classes, ``weight`` this rank's or all;
             ``input``, index targets and everything else are the same on every rank, and so are their
             gradients, the sums of all ranks'. One all-gather a chunk (and one more where the backward
-            computes the logits again), one all-reduce for the input's gradient. Under torch.func and in forward
-            mode a rank's tangents are its part of one. Not with ``gradient_filter``.
+            computes the logits again), one all-reduce for the input's gradient. Under torch.func and in
+            forward mode a rank's tangents are its part of one. Not with ``gradient_filter``.
         vocab_start, vocab_size: as in :func:`vocab_parallel_cross_entropy`, with ``group``.
         lora: ``(A, B, scaling)`` with ``A`` of shape ``(r, H)`` and ``B`` of shape ``(C, r)``: the weight is
             ``linear_weight + scaling * B @ A``, which is never built (`LoRA

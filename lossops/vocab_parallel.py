@@ -262,12 +262,38 @@ class LocalTarget(NamedTuple):
     """Of TARGET_SUM and DOT, for probabilities."""
 
 
+_library = torch.library.Library("lossops", "FRAGMENT")
+_library.define("class_indices(Tensor target, str op, SymInt ignore_index, SymInt classes) -> Tensor")
+
+
+def _class_indices(target: Tensor, op: str, ignore_index: int, classes: int) -> Tensor:
+    target = target.to(torch.int64, copy=True)
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if target.device.type != "cpu" or not bad.any():
+        return target
+    row = bad.nonzero()[0].tolist()
+    place = row[0] if len(row) == 1 else tuple(row)
+    raise IndexError(
+        f"{op}: Target {target[bad][0].item()} is out of bounds: row {place} of the target needs a class "
+        f"index from 0 to C-1 for C = {classes}, the classes of all ranks, or ignore_index ({ignore_index})"
+    )
+
+
+_library.impl("class_indices", _class_indices, "CompositeExplicitAutograd")
+torch.library.register_fake("lossops::class_indices")(
+    lambda target, *_: torch.empty_like(target, dtype=torch.int64)
+)
+
+class_indices = torch.ops.lossops.class_indices.default
+"""The target as int64, once the CPU has found it among all ranks' classes, of which the kernels know some.
+An op, for torch.compile; a GPU would have to be waited for."""
+
+
 def local_target(shard: Shard, target: Tensor, ignore_index: int, label_smoothing: float) -> LocalTarget:
     spread = label_smoothing * shard.classes / max(shard.total, 1)
     if target.is_floating_point():
         scale = (1 - label_smoothing) + spread or 1.0
         return LocalTarget(target, ignore_index, spread / scale, scale=scale)
-    target = target.long()
     counted = target != ignore_index
     index = target - shard.start
     owned = (index >= 0) & (index < shard.classes) & counted
@@ -539,10 +565,9 @@ def sharded_loss(
     weights = None if given.weight is None else len(range(given.weight.shape[0]))
     description = *description, ("vocab_size", str(vocab_size))
     shard = agree(op, name, description, classes, vocab_start, weights)
-    try:
-        return _loss_of_shard(shard, logits, target, given, metrics)
-    except IndexError:
-        raise _out_of_range(op, target, given.ignore_index, shard.total) from None
+    if not target.is_floating_point():
+        target = class_indices(target, op, given.ignore_index, shard.total)
+    return _loss_of_shard(shard, logits, target, given, metrics)
 
 
 def _loss_of_shard(
@@ -592,16 +617,6 @@ def _loss_of_shard(
     return loss, metrics_of(planes, logprob, family.z_loss, predicted.masked_fill(ignored, -1), target)
 
 
-def _out_of_range(op: str, target: Tensor, ignore_index: int, classes: int) -> IndexError:
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    row = bad.nonzero()[0].tolist()
-    place = row[0] if len(row) == 1 else tuple(row)
-    return IndexError(
-        f"{op}: Target {target[bad][0].item()} is out of bounds: row {place} of the target needs a class "
-        f"index from 0 to C-1 for C = {classes}, the classes of all ranks, or ignore_index ({ignore_index})"
-    )
-
-
 def vocab_parallel_cross_entropy(
     local_logits: Tensor,
     target: Tensor,
@@ -629,7 +644,8 @@ def vocab_parallel_cross_entropy(
     backward; every rank has to call backward, with the same upstream gradient. For the second derivative
     too, each rank differentiates its own gradients: one all-reduce. Under torch.func and in forward mode all
     ranks apply the same transforms, and a rank's tangent is its part of one tangent (so that there is no
-    ``jacfwd``). The numbers and methods are those of ``cross_entropy``; the convention is that of `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
+    ``jacfwd``). The numbers and methods are those of ``cross_entropy``; the convention is that of
+    `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
 
     >>> logits = hidden @ my_rows_of_the_head.T  # (N, C / ranks)
     >>> lossops.vocab_parallel_cross_entropy(logits, target, group=tensor_parallel).backward()
@@ -656,8 +672,8 @@ def vocab_parallel_cross_entropy(
         The loss of all classes, the same on every rank, as ``cross_entropy`` returns it.
 
     Raises:
-        IndexError: a class index outside [0, C) for the classes of all ranks; on every rank. On a GPU, and
-            under ``torch.compile``, the message names this rank's number of classes.
+        IndexError: a class index outside [0, C) for the classes of all ranks; on every rank. On a GPU, as of
+            ``cross_entropy``, by ``check_async_errors``, which names this rank's number of classes.
         RuntimeError, ValueError: ranks that call this with other shapes, dtypes or options, or whose shards
             do not follow each other, on all of them; torch.distributed that is not initialized. The first
             call of each configuration compares them through the process group's store, every call by a few

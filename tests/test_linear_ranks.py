@@ -340,6 +340,36 @@ def wrong_call(which: str) -> str:
     return "no error"
 
 
+def target_out_of_range(compiled: bool) -> str:
+    """At the second position of the second sequence, of which the first one has no target."""
+    x, weight, target = (
+        torch.randn(2, 3, HIDDEN),
+        torch.randn(3, HIDDEN),
+        torch.tensor([[0, 1, 2], [13, 2, 12]]),
+    )
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, target, shift=True, chunk_size=1, group=dist.group.WORLD)
+
+    torch._dynamo.reset()
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    errors = []
+    for run in (function, torch.func.grad(loss)):
+        with pytest.raises(IndexError) as error:
+            run(x, weight)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+    return errors[0]
+
+
+def test_a_target_out_of_range_is_named_among_all_classes(ranks: Ranks) -> None:
+    said = {text for compiled in (False, True) for text in ranks(target_out_of_range, compiled)}
+    assert said == {
+        "linear_cross_entropy: Target 12 is out of bounds: row 4 of the target needs a class index from 0 to "
+        "C-1 for C = 12, the classes of all ranks, or ignore_index (-100)"
+    }
+
+
 @pytest.mark.parametrize(
     ("which", "text"),
     [

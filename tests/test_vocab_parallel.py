@@ -576,8 +576,18 @@ def test_weight_gradient(ranks: Ranks) -> None:
 def check_out_of_range(value: int, classes: list[int], dtype: torch.dtype) -> None:
     mine = torch.randn(3, classes[dist.get_rank()])
     target = torch.tensor([0, 1, value], dtype=dtype)
-    with pytest.raises(IndexError, match=rf"Target {value} is out of bounds: row 2 .* C = {sum(classes)},"):
+    message = rf"Target {value} is out of bounds: row 2 .* C = {sum(classes)},.* or ignore_index \(1\)$"
+    with pytest.raises(IndexError, match=message) as eager:
         vocab_parallel_cross_entropy(mine, target, ignore_index=1)
+    with pytest.raises(IndexError, match=re.escape(str(eager.value))):
+        targets = torch.stack([torch.zeros_like(target), target])
+        torch.vmap(lambda target: vocab_parallel_cross_entropy(mine, target, ignore_index=1))(targets)
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        compiled = torch.compile(vocab_parallel_cross_entropy, fullgraph=True, backend=backend)
+        with pytest.raises(IndexError) as error:
+            compiled(mine, target, ignore_index=1)
+        assert str(error.value) == str(eager.value)
     assert vocab_parallel_cross_entropy(mine, target, ignore_index=value).isfinite()  # all go on
 
 
