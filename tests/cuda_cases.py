@@ -260,7 +260,7 @@ def every_remainder(dtype: torch.dtype) -> Iterator[Case]:
     for offset in range(width):
         for remainder in range(width):
             kind = KINDS[(offset + remainder) % len(KINDS)]
-            for classes in (remainder + 1, 128 + remainder, 520 + 8 * width + remainder):
+            for classes in (remainder + 1, 128 + remainder, 300 + remainder, 520 + 8 * width + remainder):
                 # A gap that keeps the rows alike but is no short row, and one that shifts each.
                 gap = width + (-classes) % width if remainder % 2 else 1
                 yield (
@@ -595,7 +595,7 @@ def row_remainders(dtype: torch.dtype) -> Iterator[Case]:
     for offset in range(width):
         for remainder in range(width):
             kind = KINDS[(offset + remainder) % len(KINDS)]
-            classes = (remainder + 1, 128 + remainder, 520 + 8 * width + remainder)[(offset + remainder) % 3]
+            classes = (remainder + 1, 300 + remainder, 520 + 8 * width + remainder)[(offset + remainder) % 3]
             gap = width + (-classes) % width if remainder % 2 else 1
             yield (
                 f"row functions, offset {offset} of {width}, {classes} classes, gap {gap}, {kind}",
@@ -762,8 +762,15 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
     for size in (8191, 8192, 8193, 30_001):
         yield f"mse of {size}", lambda s=size: flat(s, 0, 0, 0)
         yield f"mse of {size} from 1", lambda s=size: flat(s, 1, 1, 1, reductions=(SUM,))
-    yield "mse that shares no packs", lambda: flat(700, 0, 1, 2)
-    yield "mse whose target shares no packs", lambda: flat(25_000, 1, 0, 1, reductions=(MEAN,))
+    for offset in range(1, width):
+        for size in (1, width + 1, 34 * width + offset, 300 * width - offset):
+            yield (
+                f"mse of {size}, shifted by {offset} of {width}",
+                lambda s=size, o=offset: flat(s, o, 0, -o % width),
+            )
+    for size in range(8192 - 1, 8192 + 2 * width + 2):  # a second block of a few elements, or of none
+        yield f"shifted mse of {size}", lambda s=size: flat(s, 1, 1, 0, reductions=(SUM,))
+    yield "shifted mse of several blocks", lambda: flat(25_000, 1, 0, 1, reductions=(MEAN,))
     yield "mse of two dtypes", lambda: flat(700, 0, 0, 0, second=other)
     yield (
         "mse with one weight for all",
@@ -814,7 +821,9 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
     yield "mse with a mask of three dimensions", lambda: masked((3, 5, 7, 4), (3, 1, 7, 1), 0, 0, 0)
     several = (1, 30_001)
     yield "masked mse of several blocks", lambda: masked(several, several, 0, 0, 0, reductions=(MEAN,))
-    yield "masked mse that shares no packs", lambda: masked((7, 100), (7, 1), 0, 1, 0)
+    yield "masked mse, shifted", lambda: masked((7, 100), (7, 1), 0, 1, 0)
+    for start in range(width):
+        yield f"shifted mse, its mask from {start}", lambda m=start: masked((1, 1100), (1, 1100), 1, 0, m)
     yield (
         "masked mse of two dtypes",
         lambda: check_mse(

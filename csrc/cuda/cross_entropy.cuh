@@ -8,7 +8,7 @@
 
 #include "../cross_entropy.h"
 #include "launch.h"
-#include "reduce.cuh"
+#include "shifted.cuh"
 
 namespace lossops::cuda {
 
@@ -231,13 +231,22 @@ struct Classes {
   LOSSOPS_DEVICE int head() const {
     return static_cast<int>((0 - reinterpret_cast<uintptr_t>(data) / sizeof(T)) % kPackSize<T>);
   }
+  // Classes before the first sector that begins a pack or more behind the first class.
+  LOSSOPS_DEVICE int shifted_head() const {
+    constexpr unsigned kPack = kPackSize<T>;
+    return static_cast<int>((0 - reinterpret_cast<uintptr_t>(data) / sizeof(T) - kPack) % (2 * kPack) +
+                            kPack);
+  }
   // As they lie in memory, and widened only when used: 16-bit types then take twice the registers.
   template <int N>
   using Raw = std::conditional_t<N == 1, T, Pack<T>>;
-  template <int N>
+  // kShiftedLanes: of the threads that share a row, where its packs may lie across boundaries; else 0.
+  template <int N, int kShiftedLanes>
   LOSSOPS_DEVICE Raw<N> fetch(int c) const {
     if constexpr (N == 1)
       return data[c];
+    else if constexpr (kShiftedLanes > 0)
+      return load_shifted<kShiftedLanes>(data + c);
     else
       return load_pack(data + c);
   }
@@ -270,9 +279,12 @@ struct Classes<AnyType, A> {
   LOSSOPS_DEVICE int head() const {
     return 0;
   }
+  LOSSOPS_DEVICE int shifted_head() const {
+    return 0;
+  }
   template <int N>
   using Raw = A;
-  template <int N>
+  template <int N, int kShiftedLanes>
   LOSSOPS_DEVICE A fetch(int c) const {
     return load_any<A>(dtype, data, offset + c * stride);
   }
@@ -292,24 +304,56 @@ constexpr int kUnroll = kDense && sizeof(T) != 4 ? 2 : 4;
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// Shares n classes out over kLanes threads: `head` of them one by one, then packs, then the rest one by
-// one. f(unroll, width, c, end) is given `unroll` groups of `width` classes, at c, c + width*kLanes, ...,
-// of which those before `end` are there.
-template <class T, int kLanes, bool kDense, class F>
-LOSSOPS_DEVICE void for_classes(int n, int head, int lane, const F& f) {
-  constexpr int kWidth = kPackSize<T>;
-  if (kWidth > 1 && lane < head) f(Count<1>(), Count<1>(), lane, n);
-  const int end = n > head ? head + (n - head) / kWidth * kWidth : head;
-#pragma unroll 1 // it is unrolled inside, and registers are few
-  for (int c = head + lane * kWidth; c < end; c += kUnroll<T, kDense> * kLanes * kWidth)
-    f(Count<kUnroll<T, kDense>>(), Count<kWidth>(), c, end);
-  if (kWidth > 1 && end + lane < n) f(Count<1>(), Count<1>(), end + lane, n);
-}
+// The classes of a piece of a row that are moved in packs, from `begin` to `end`; the others one by one.
+struct Packs {
+  int begin, end;
+  bool shifted; // some tensor's lie across 16-byte boundaries
 
-// Where the operands' rows do not begin alike: one by one throughout.
-template <class T, int kLanes, class F>
-LOSSOPS_DEVICE void for_single_classes(int n, int lane, const F& f) {
-  for (int c = lane; c < n; c += kLanes) f(Count<1>(), Count<1>(), c, n);
+  // Cut by the boundaries of `cut`. Shifted packs are read from up to a pack before them to one behind, and
+  // come a group of lanes at a time, whose packs of `cut` are whole sectors.
+  template <int kLanes, class T, class A, class... Others>
+  static LOSSOPS_DEVICE Packs of(int size, const Classes<T, A>& cut, const Others&... others) {
+    constexpr int kWidth = kPackSize<T>, kTogether = (kLanes < kWarp ? kLanes : kWarp) * kWidth;
+    const bool shifted = ((others.present() && others.head() != cut.head()) || ...);
+    const int begin = min(shifted ? cut.shifted_head() : cut.head(), size), left = size - begin;
+    return {begin, begin + (shifted ? max(left - kWidth, 0) / kTogether * kTogether : left / kWidth * kWidth),
+            shifted};
+  }
+
+  // Cut by the boundaries of what is written, which cannot be shifted.
+  template <int kLanes, bool kDense, class C>
+  static LOSSOPS_DEVICE Packs of_gradient(int size, const C& z, const C& p, const C& dz, const C& dp) {
+    C cut = z; // a copy: a choice between addresses would put them all into local memory
+    if (kDense && dp.present()) cut = dp;
+    if (dz.present()) cut = dz;
+    if constexpr (!kDense) return of<kLanes>(size, cut, z);
+    if (dp.present() && dp.head() != cut.head()) return {size, size, false};
+    return of<kLanes>(size, cut, z, p);
+  }
+};
+
+// Shares n classes out over kLanes threads, in no order. f(unroll, width, shifted, c, end) is given `unroll`
+// groups of `width` classes, at c, c + width*kLanes, ..., of which those before `end` are there.
+template <class T, int kLanes, bool kDense, bool kMayShift, class F>
+LOSSOPS_DEVICE void for_classes(int n, const Packs& packs, int lane, const F& f) {
+  constexpr int kWidth = kPackSize<T>, kUnrolled = kUnroll<T, kDense>;
+  if constexpr (kWidth > 1) {
+    const int singles = n - (packs.end - packs.begin);
+#pragma unroll 1
+    for (int i = lane; i < singles; i += kLanes)
+      f(Count<1>(), Count<1>(), Count<0>(), i < packs.begin ? i : i - packs.begin + packs.end, n);
+  }
+  if constexpr (kMayShift && kWidth > 1) {
+    if (packs.shifted) {
+#pragma unroll 1
+      for (int c = packs.begin + lane * kWidth; c < packs.end; c += kLanes * kWidth)
+        f(Count<1>(), Count<kWidth>(), Count<kLanes>(), c, packs.end);
+      return;
+    }
+  }
+#pragma unroll 1 // it is unrolled inside, and registers are few
+  for (int c = packs.begin + lane * kWidth; c < packs.end; c += kUnrolled * kLanes * kWidth)
+    f(Count<kUnrolled>(), Count<kWidth>(), Count<0>(), c, packs.end);
 }
 
 // The class weights of a piece of a row. They are of the accumulation type: where the row's packs begin at

@@ -72,10 +72,11 @@ __global__ void __launch_bounds__(kThreads, kResident<A, kDense>)
     const Classes<T, A> z(a.logits, o[kLogits], piece.begin),
         p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin),
         dz(a.grad_logits, o[kGradLogits], piece.begin), dp(a.grad_target, o[kGradTarget], piece.begin);
-    const int head = min(z.head(), piece.size);
-    const Weights<A> weights(a, piece.begin, head);
-    const auto write = [&](auto unroll, auto width, int first, int end) {
+    const Packs packs = Packs::of_gradient<kLanes, kDense>(piece.size, z, p, dz, dp);
+    const Weights<A> weights(a, piece.begin, packs.begin);
+    const auto write = [&](auto unroll, auto width, auto shifted, int first, int end) {
       constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+      constexpr int kShifted = decltype(shifted)::value;
       typename Classes<T, A>::template Raw<kWidth> logits[kCount] = {}, probabilities[kCount] = {};
       A w[kCount][kWidth] = {};
       if (r.grad != 0) {
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, kResident<A, kDense>)
         for (int u = 0; u < kCount; ++u) {
           const int c = first + u * kWidth * kLanes;
           if (c >= end) continue;
-          logits[u] = z.template fetch<kWidth>(c);
-          if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth>(c);
+          logits[u] = z.template fetch<kWidth, kShifted>(c);
+          if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth, kShifted>(c);
           if (kDense) weights.load(c, w[u]);
         }
       }
@@ -119,14 +120,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, kDense>)
         dz.store(c, out);
       }
     };
-    const int phase = z.head();
-    const bool one_phase =
-        (!dz.present() || dz.head() == phase) &&
-        (!kDense || ((!p.present() || p.head() == phase) && (!dp.present() || dp.head() == phase)));
-    if (one_phase)
-      for_classes<T, kLanes, kDense>(piece.size, head, lane, write);
-    else
-      for_single_classes<T, kLanes>(piece.size, lane, write);
+    for_classes<T, kLanes, kDense, true>(piece.size, packs, lane, write);
   };
   for_each_row<kLanes>(a, rows, begin, work, [](int, int64_t) {});
 }

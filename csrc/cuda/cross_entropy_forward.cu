@@ -42,20 +42,21 @@ LOSSOPS_DEVICE RowState<A> row_state(const CrossEntropyProblem& a, const int64_t
                                      int lane) {
   const Classes<T, A> z(a.logits, o[kLogits], piece.begin);
   const Classes<T, A> p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin);
-  const int head = min(z.head(), piece.size);
-  const Weights<A> weights(a, piece.begin, head);
+  const Packs packs = kDense ? Packs::of<kLanes>(piece.size, z, p) : Packs::of<kLanes>(piece.size, z);
+  const Weights<A> weights(a, piece.begin, packs.begin);
   const Smoothing<A> smoothing(a);
   RowState<A> state;
-  const auto add = [&](auto unroll, auto width, int first, int end) {
+  const auto add = [&](auto unroll, auto width, auto shifted, int first, int end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    constexpr int kShifted = decltype(shifted)::value;
     typename Classes<T, A>::template Raw<kWidth> logits[kCount], probabilities[kCount] = {};
     A w[kCount][kWidth];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int c = first + u * kWidth * kLanes;
       if (c >= end) continue;
-      logits[u] = z.template fetch<kWidth>(c);
-      if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth>(c);
+      logits[u] = z.template fetch<kWidth, 0>(c);
+      if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth, kShifted>(c);
       if (kDense) weights.load(c, w[u]);
     }
 #pragma unroll
@@ -67,10 +68,7 @@ LOSSOPS_DEVICE RowState<A> row_state(const CrossEntropyProblem& a, const int64_t
       state.template add<T, kDense>(logit, t);
     }
   };
-  if (!kDense || !p.present() || p.head() == z.head())
-    for_classes<T, kLanes, kDense>(piece.size, head, lane, add);
-  else
-    for_single_classes<T, kLanes>(piece.size, lane, add);
+  for_classes<T, kLanes, kDense, kDense>(piece.size, packs, lane, add);
   return state;
 }
 

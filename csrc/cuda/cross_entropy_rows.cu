@@ -12,7 +12,7 @@ struct PlaneState : RowState<A> {
   static constexpr Index kNowhere = std::numeric_limits<Index>::max();
   static constexpr Index kNaN = std::numeric_limits<Index>::min(); // + c: the first NaN is at class c
   A moment = 0;                                                    // of exp(u - max)*(u - max)
-  Index best = kNowhere;                                           // while all are -inf, too
+  Index best = kNowhere;
 
   LOSSOPS_DEVICE void raise(A new_max) {
     if (this->max != -infinity<A>() && new_max != this->max) {
@@ -22,23 +22,26 @@ struct PlaneState : RowState<A> {
     RowState<A>::raise(new_max);
   }
 
-  // N of the u, of classes c, c + step, ...; their t where kDense.
+  // N of the u, of classes c, c + step, ..., before or after those so far; their t where kDense.
   template <class T, bool kDense, int N>
   LOSSOPS_DEVICE void add(const A (&u)[N], const A (&t)[N], int c, int step, bool entropy) {
     A largest = u[0];
 #pragma unroll
     for (int k = 1; k < N; ++k) largest = larger(largest, u[k]);
-    if (largest > this->max) {
-      raise(largest);
+    if (largest >= this->max) {
+      int first = c;
 #pragma unroll
       for (int k = N - 1; k >= 0; --k)
-        if (best >= 0 && u[k] == largest) best = c + k * step;
+        if (u[k] == largest) first = c + k * step;
+      if (largest > this->max && best >= 0) best = kNowhere;
+      best = min(best, first);
+      raise(largest);
     }
     RowState<A>::template add<T, kDense>(u, t);
-    if (this->sum != this->sum && best >= 0) {
+    if (this->sum != this->sum) {
 #pragma unroll
-      for (int k = N - 1; k >= 0; --k)
-        if (u[k] != u[k]) best = kNaN + c + k * step;
+      for (int k = 0; k < N; ++k)
+        if (u[k] != u[k]) best = min(best, kNaN + c + k * step);
     }
     if (!entropy) return;
     const A ref = anchor(this->max);
@@ -170,19 +173,20 @@ LOSSOPS_DEVICE PlaneState<A> plane_state(const CrossEntropyRowsForward& a, const
                                          const Piece& piece, const Transform<A>& transform, int lane) {
   const Classes<T, A> z(a.logits, o[kLogits], piece.begin);
   const Classes<T, A> p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin);
-  const int head = min(z.head(), piece.size);
-  const Weights<A> weights(a, piece.begin, head);
+  const Packs packs = kDense ? Packs::of<kLanes>(piece.size, z, p) : Packs::of<kLanes>(piece.size, z);
+  const Weights<A> weights(a, piece.begin, packs.begin);
   const Smoothing<A> smoothing(a);
   PlaneState<A> state;
-  const auto add = [&](auto unroll, auto width, int first, int end) {
+  const auto add = [&](auto unroll, auto width, auto shifted, int first, int end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    constexpr int kShifted = decltype(shifted)::value;
     typename Classes<T, A>::template Raw<kWidth> logits[kCount], probabilities[kCount] = {};
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int c = first + u * kWidth * kLanes;
       if (c >= end) continue;
-      logits[u] = z.template fetch<kWidth>(c);
-      if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth>(c);
+      logits[u] = z.template fetch<kWidth, 0>(c);
+      if (kDense && p.present()) probabilities[u] = p.template fetch<kWidth, kShifted>(c);
     }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
@@ -200,10 +204,7 @@ LOSSOPS_DEVICE PlaneState<A> plane_state(const CrossEntropyRowsForward& a, const
       state.template add<T, kDense>(transformed, t, c, 1, a.entropy);
     }
   };
-  if (!kDense || !p.present() || p.head() == z.head())
-    for_classes<T, kLanes, kDense>(piece.size, head, lane, add);
-  else
-    for_single_classes<T, kLanes>(piece.size, lane, add);
+  for_classes<T, kLanes, kDense, kDense>(piece.size, packs, lane, add);
   return state;
 }
 

@@ -137,19 +137,20 @@ LOSSOPS_DEVICE A write_gradient(const CrossEntropyRowsBackward& a, const int64_t
   const Classes<T, A> z(a.logits, o[kLogits], piece.begin),
       p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin),
       dz(a.grad_logits, o[kGradLogits], piece.begin), dp(a.grad_target, o[kGradTarget], piece.begin);
-  const int head = min(z.head(), piece.size);
-  const Weights<A> weights(a, piece.begin, head);
+  const Packs packs = Packs::of_gradient<kLanes, kDense>(piece.size, z, p, dz, dp);
+  const Weights<A> weights(a, piece.begin, packs.begin);
   A scale_sum = 0;
-  const auto write = [&](auto unroll, auto width, int first, int end) {
+  const auto write = [&](auto unroll, auto width, auto shifted, int first, int end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    constexpr int kShifted = decltype(shifted)::value;
     typename Classes<T, A>::template Raw<kWidth> logits[kCount] = {}, probabilities[kCount] = {};
     if (r.active) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const int c = first + i * kWidth * kLanes;
         if (c >= end) continue;
-        logits[i] = z.template fetch<kWidth>(c);
-        if (kDense && p.present()) probabilities[i] = p.template fetch<kWidth>(c);
+        logits[i] = z.template fetch<kWidth, kShifted>(c);
+        if (kDense && p.present()) probabilities[i] = p.template fetch<kWidth, kShifted>(c);
       }
     }
 #pragma unroll
@@ -184,14 +185,7 @@ LOSSOPS_DEVICE A write_gradient(const CrossEntropyRowsBackward& a, const int64_t
       if (dz.present()) dz.store(c, out);
     }
   };
-  const int phase = z.head();
-  const bool one_phase =
-      (!dz.present() || dz.head() == phase) &&
-      (!kDense || ((!p.present() || p.head() == phase) && (!dp.present() || dp.head() == phase)));
-  if (one_phase)
-    for_classes<T, kLanes, kDense>(piece.size, head, lane, write);
-  else
-    for_single_classes<T, kLanes>(piece.size, lane, write);
+  for_classes<T, kLanes, kDense, true>(piece.size, packs, lane, write);
   return scale_sum;
 }
 

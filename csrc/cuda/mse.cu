@@ -1,12 +1,13 @@
-// Mean squared error on the GPU. Formulas: csrc/mse.h. Tensors of one dtype that lie alike are walked in
-// packs; any others element by element.
+// Mean squared error on the GPU. Formulas: csrc/mse.h. Contiguous tensors of one dtype are walked in packs;
+// any others element by element.
 #include "../mse.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "../trace.h"
 #include "launch.h"
-#include "reduce.cuh"
+#include "shifted.cuh"
 
 namespace lossops::cuda {
 namespace {
@@ -42,10 +43,12 @@ struct Flat {
   LOSSOPS_DEVICE bool varies() const {
     return data != nullptr && !one;
   }
-  template <int N>
+  template <int N, bool kShifted>
   LOSSOPS_DEVICE Raw<N> fetch(int64_t i) const {
     if constexpr (N == 1)
       return data[i];
+    else if constexpr (kShifted)
+      return load_shifted<kWarp>(data + i);
     else
       return load_pack(data + i);
   }
@@ -119,8 +122,9 @@ class Mask {
 };
 
 struct Share {
-  int64_t per_block; // elements
-  int head;          // before the first 16-byte boundary
+  int64_t per_block; // elements: a multiple of a warp's packs
+  int head;          // before the first pack
+  bool shifted;      // some tensor's packs lie across 16-byte boundaries
 };
 
 // Packs of each operand in flight before the first is used. kPlain: input and target are all there is.
@@ -131,21 +135,31 @@ constexpr int kUnroll = kPlain ? 2 : 1;
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// Calls f(unroll, width, i, end) for the elements of this thread: `unroll` packs, at i and every kThreads
-// packs on, of which those before `end` are there; single ones at either end of the tensor.
+// Calls f(unroll, width, shifted, i, end) for the elements of this thread: `unroll` packs, at i and every
+// kThreads packs on, of which those before `end` are there; single ones at either end of the tensor.
 template <class T, bool kPlain, class F>
 LOSSOPS_DEVICE void for_packs(int64_t count, const Share& share, const F& f) {
   constexpr int kWidth = kPackSize<T>;
   const int64_t begin = share.head + int64_t{blockIdx.x} * share.per_block;
-  const int64_t left = count - begin;
-  const int n = static_cast<int>(left < share.per_block ? left : share.per_block); // may be negative
-  const int end = n / kWidth * kWidth;
+  const int64_t left = count - begin; // may be negative
+  const int n = static_cast<int>(left < share.per_block ? left : share.per_block);
+  constexpr int kTogether = kWarp * kWidth; // shifted packs: a warp's at a time, with one more behind them
+  const int end = share.shifted
+                      ? static_cast<int>(left - kWidth < n ? left - kWidth : n) / kTogether * kTogether
+                      : n / kWidth * kWidth;
+  const int head = blockIdx.x == 0 ? share.head : 0;
 #pragma unroll 1
-  for (int i = threadIdx.x * kWidth; i < end; i += kUnroll<kPlain> * kThreads * kWidth)
-    f(Count<kUnroll<kPlain>>(), Count<kWidth>(), begin + i, begin + end);
-  if (end + static_cast<int>(threadIdx.x) < n) // of the last block alone
-    f(Count<1>(), Count<1>(), begin + end + threadIdx.x, count);
-  if (blockIdx.x == 0 && threadIdx.x < share.head) f(Count<1>(), Count<1>(), int64_t{threadIdx.x}, count);
+  for (int i = threadIdx.x; i < head + n - end; i += kThreads)
+    f(Count<1>(), Count<1>(), std::false_type(), i < head ? i : begin + end + (i - head), count);
+  if (share.shifted) {
+#pragma unroll 1
+    for (int i = threadIdx.x * kWidth; i < end; i += kThreads * kWidth)
+      f(Count<1>(), Count<kWidth>(), std::true_type(), begin + i, begin + end);
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x * kWidth; i < end; i += kUnroll<kPlain> * kThreads * kWidth)
+      f(Count<kUnroll<kPlain>>(), Count<kWidth>(), std::false_type(), begin + i, begin + end);
+  }
 }
 
 // f(offsets, whether it counts) for the elements of this thread.
@@ -172,8 +186,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const Mask mask(a);
   const bool none = a.reduction == Reduction::none;
   Sums sums;
-  for_packs<T, kPlain>(a.elements.count, share, [&](auto unroll, auto width, int64_t first, int64_t end) {
+  const auto add = [&](auto unroll, auto width, auto shifted, int64_t first, int64_t end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    constexpr bool kShifted = decltype(shifted)::value;
     typename Flat<T, A>::template Raw<kWidth> inputs[kCount] = {}, targets[kCount] = {}, weights[kCount] = {};
     unsigned counts[kCount] = {};
 #pragma unroll
@@ -181,9 +196,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int64_t i = first + u * kThreads * kWidth;
       if (i >= end) continue;
       if (kMasked) counts[u] = mask.bits<kWidth>(i);
-      if (input.varies()) inputs[u] = input.template fetch<kWidth>(i);
-      if (target.varies()) targets[u] = target.template fetch<kWidth>(i);
-      if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth>(i);
+      if (input.varies()) inputs[u] = input.template fetch<kWidth, kShifted>(i);
+      if (target.varies()) targets[u] = target.template fetch<kWidth, kShifted>(i);
+      if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth, kShifted>(i);
     }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
@@ -210,7 +225,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       else
         sums.add({static_cast<double>(loss_part), static_cast<double>(weight_part)});
     }
-  });
+  };
+  for_packs<T, kPlain>(a.elements.count, share, add);
   const Sums total = block_sums<kThreads>(sums);
   if (threadIdx.x == 0) of_block[blockIdx.x] = total;
 }
@@ -253,8 +269,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const Mask mask(a);
   const A factor =
       static_cast<A>(2 * divided(a, grad.one ? load_any<double>(a.grad.dtype, a.grad.data, 0) : 1.0));
-  for_packs<T, kPlain>(a.elements.count, share, [&](auto unroll, auto width, int64_t first, int64_t end) {
+  const auto write = [&](auto unroll, auto width, auto shifted, int64_t first, int64_t end) {
     constexpr int kCount = decltype(unroll)::value, kWidth = decltype(width)::value;
+    constexpr bool kShifted = decltype(shifted)::value;
     using Raw = typename Flat<T, A>::template Raw<kWidth>;
     Raw inputs[kCount] = {}, targets[kCount] = {}, weights[kCount] = {}, grads[kCount] = {};
     unsigned counts[kCount] = {};
@@ -263,10 +280,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int64_t i = first + u * kThreads * kWidth;
       if (i >= end) continue;
       if (kMasked) counts[u] = mask.bits<kWidth>(i);
-      if (input.varies()) inputs[u] = input.template fetch<kWidth>(i);
-      if (target.varies()) targets[u] = target.template fetch<kWidth>(i);
-      if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth>(i);
-      if (!kPlain && grad.varies()) grads[u] = grad.template fetch<kWidth>(i);
+      if (input.varies()) inputs[u] = input.template fetch<kWidth, kShifted>(i);
+      if (target.varies()) targets[u] = target.template fetch<kWidth, kShifted>(i);
+      if (!kPlain && weight.varies()) weights[u] = weight.template fetch<kWidth, kShifted>(i);
+      if (!kPlain && grad.varies()) grads[u] = grad.template fetch<kWidth, kShifted>(i);
     }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
@@ -294,7 +311,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       for (int k = 0; k < kWidth; ++k) g[k] = -g[k];
       if (grad_target.data != nullptr) grad_target.store(i, g);
     }
-  });
+  };
+  for_packs<T, kPlain>(a.elements.count, share, write);
 }
 
 template <class A, bool kMasked>
@@ -316,6 +334,18 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // ---------------------------------------------------------------------------------------------
 // Launching
 
+// Element by element.
+Share share_of(const MSEProblem& a) {
+  constexpr int64_t kMultiple = kWarp * 8; // of a warp's packs, of any dtype
+  const int64_t per_block = std::max(kElementsPerBlock, (a.elements.count + kMaxBlocks - 1) / kMaxBlocks);
+  return {(per_block + kMultiple - 1) / kMultiple * kMultiple, 0, false};
+}
+
+int64_t blocks_of(const MSEProblem& a) {
+  const int64_t per_block = share_of(a).per_block;
+  return (a.elements.count + per_block - 1) / per_block;
+}
+
 // The operands of a call that there are; one value for all of them counts where it may.
 struct Operands {
   const MSEProblem& problem;
@@ -336,21 +366,30 @@ struct Operands {
     if (a.elements.dims > 0 && a.elements.inner_stride(kGrad) != 0) take(a.grad, kGrad);
   }
 
-  // Elements before the first 16-byte boundary, or -1 where packs will not do: the dtypes differ, or the
-  // tensors do not lie alike.
-  int head() const {
+  // How packs are shared out, cut by the boundaries of what is written, if anything is. None where the dtypes
+  // differ, or tensors are not contiguous, or two that are written do not lie alike.
+  std::optional<Share> packs() const {
     const DType dtype = entries[0].tensor.dtype;
     const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-    if (problem.elements.dims > 1) return -1;
-    const auto phase = [&](const Entry& e) { return reinterpret_cast<uintptr_t>(e.tensor.data) % 16; };
+    if (problem.elements.dims > 1) return std::nullopt;
+    const auto written = [](const Entry& e) { return e.operand == kOut || e.operand == kOutTarget; };
+    const auto address = [](const Entry& e) { return reinterpret_cast<uintptr_t>(e.tensor.data); };
+    const Entry* const found = std::find_if(entries, entries + count, written);
+    const Entry& cut = found == entries + count ? entries[0] : *found;
+    Share share = share_of(problem);
     for (int i = 0; i < count; ++i) {
       const Entry& e = entries[i];
       const int64_t stride = problem.elements.inner_stride(e.operand);
       const bool one = stride == 0 && e.operand == kWeight;
-      if (e.tensor.dtype != dtype || (problem.elements.count > 1 && stride != 1 && !one)) return -1;
-      if (!one && phase(e) != phase(entries[0])) return -1;
+      if (e.tensor.dtype != dtype || (problem.elements.count > 1 && stride != 1 && !one)) return std::nullopt;
+      if (one || (address(e) - address(cut)) % 16 == 0) continue;
+      if (written(e)) return std::nullopt;
+      share.shifted = true;
     }
-    return static_cast<int>(std::min<int64_t>((16 - phase(entries[0])) % 16 / size, problem.elements.count));
+    // Shifted packs are read from up to a pack before them on; and warps write whole sectors.
+    const uintptr_t head = share.shifted ? (0 - address(cut) - 16) % 32 + 16 : (0 - address(cut)) % 16;
+    share.head = static_cast<int>(std::min(static_cast<int64_t>(head) / size, problem.elements.count));
+    return share;
   }
 
  private:
@@ -363,16 +402,6 @@ struct Operands {
     if (t.data != nullptr) entries[count++] = {t, operand};
   }
 };
-
-Share share_of(const MSEProblem& a, int head) {
-  const int64_t per_block = std::max(kElementsPerBlock, (a.elements.count + kMaxBlocks - 1) / kMaxBlocks);
-  return {(per_block + 7) / 8 * 8, std::max(0, head)}; // a multiple of every pack
-}
-
-int64_t blocks_of(const MSEProblem& a) {
-  const Share share = share_of(a, 0);
-  return (a.elements.count + share.per_block - 1) / share.per_block;
-}
 
 // f(Type<element>, Type<accumulation>), AnyType where packs will not do.
 template <class F>
@@ -417,20 +446,21 @@ void launch(const MSEForward& a, void* workspace, void* stream_) {
   const auto blocks = static_cast<unsigned>(blocks_of(a));
   Sums* of_block = static_cast<Sums*>(workspace);
   if (blocks > 0) {
-    const int head = a.input_tangent.data != nullptr ? -1 : Operands(a).head();
-    trace(a.input_tangent.data == nullptr ? "mse_forward" : "mse_jvp", head >= 0, blocks);
-    with_types(a, head >= 0, [&](auto element, auto accumulation) {
+    const bool jvp = a.input_tangent.data != nullptr;
+    const std::optional<Share> packs = jvp ? std::nullopt : Operands(a).packs();
+    trace(jvp ? "mse_jvp" : "mse_forward", packs.has_value(), blocks);
+    with_types(a, packs.has_value(), [&](auto element, auto accumulation) {
       using T = typename decltype(element)::type;
       using A = typename decltype(accumulation)::type;
       if constexpr (std::is_same_v<T, AnyType>)
         with_flag(a.mask != nullptr, [&](auto masked) {
           forward_elements<A, decltype(masked)::value>
-              <<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0), of_block);
+              <<<blocks, kThreads, 0, stream>>>(a, share_of(a), of_block);
         });
       else
         with_extras(a, a.weight.data == nullptr, [&](auto plain, auto masked) {
           forward_packs<T, A, decltype(plain)::value, decltype(masked)::value>
-              <<<blocks, kThreads, 0, stream>>>(a, share_of(a, head), of_block);
+              <<<blocks, kThreads, 0, stream>>>(a, *packs, of_block);
         });
     });
     check_launch(op);
@@ -445,20 +475,20 @@ void launch(const MSEBackward& a, void*, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const auto blocks = static_cast<unsigned>(blocks_of(a));
   if (blocks == 0 || (a.grad_input.data == nullptr && a.grad_target.data == nullptr)) return;
-  const int head = Operands(a).head();
+  const std::optional<Share> packs = Operands(a).packs();
   const bool one_grad = a.elements.inner_stride(kGrad) == 0;
-  trace("mse_backward", head >= 0, blocks);
-  with_types(a, head >= 0, [&](auto element, auto accumulation) {
+  trace("mse_backward", packs.has_value(), blocks);
+  with_types(a, packs.has_value(), [&](auto element, auto accumulation) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;
     if constexpr (std::is_same_v<T, AnyType>)
       with_flag(a.mask != nullptr, [&](auto masked) {
-        backward_elements<A, decltype(masked)::value><<<blocks, kThreads, 0, stream>>>(a, share_of(a, 0));
+        backward_elements<A, decltype(masked)::value><<<blocks, kThreads, 0, stream>>>(a, share_of(a));
       });
     else
       with_extras(a, a.weight.data == nullptr && one_grad, [&](auto plain, auto masked) {
         backward_packs<T, A, decltype(plain)::value, decltype(masked)::value>
-            <<<blocks, kThreads, 0, stream>>>(a, share_of(a, head));
+            <<<blocks, kThreads, 0, stream>>>(a, *packs);
       });
   });
   check_launch(op);

@@ -197,7 +197,8 @@ class Base:
         self.others = reduced.host_objects(self.sources, flavour)
 
     def affected(self, mutant: Mutant) -> list[str]:
-        headers = {"cross_entropy.cuh": "cross_entropy", "reduce.cuh": "", "numeric.cuh": ""}
+        headers = {"cross_entropy.cuh": "cross_entropy"}
+        headers |= dict.fromkeys(("numeric.cuh", "reduce.cuh", "shifted.cuh"), "")
         begin = headers.get(mutant.file, mutant.file)
         return [name for name in self.units if name.startswith(begin) and name != "runtime.cu"]
 
