@@ -780,7 +780,8 @@ def rows_arguments(
                 (None, None, *saved, False, False, False),
             ),
         ]
-    return cases
+    indices = torch.tensor([[0, -100, 8]], dtype=torch.int32)
+    return [*cases, ("sharded", "class_indices", (indices, "op", -100, 9))]
 
 
 OP_CASES = op_arguments()
