@@ -28,7 +28,7 @@ template <int kLanes, class T>
 LOSSOPS_DEVICE Pack<T> load_shifted(const T* p) {
   constexpr int kGroup = kLanes < kWarp ? kLanes : kWarp;
   const int lane = threadIdx.x % kWarp, bytes = static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16);
-  const uint4* const boundary = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(p) - bytes);
+  const uint4* const boundary = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(p) - bytes);
   uint4 own = *boundary;
   if (bytes != 0) {
     const unsigned group = (kAllLanes >> (kWarp - kGroup)) << (lane / kGroup * kGroup);
