@@ -70,8 +70,8 @@ def test_agrees_with_torch(variant: Variant, reduction: str, dtype: torch.dtype)
             assert_near(a, e, scale=10)
 
 
-# Every remainder of a vector of 8, 16 or 32 lanes, of few classes and of enough (48) to go along the rows; the
-# neighbours of the kernels' tiles (32, 128) and blocks (1024, 2048); primes.
+# Every remainder of a vector of 8, 16 or 32 lanes, of few classes and of enough (48) to go along the rows;
+# the neighbours of the kernels' tiles (32, 128) and blocks (1024, 2048); primes.
 SIZES = (
     *range(1, 36),
     47,

@@ -824,6 +824,18 @@ def test_rows_of_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("classes", [6, 60, 3000])
+@every_backend
+def test_entropy_asks_nothing_of_probabilities(classes: int) -> None:
+    """Their gradient is 0, at a logit of -inf too."""
+    logits = torch.randn(3, classes)
+    logits[:, 2] = -INF
+    target = torch.randn(3, classes).softmax(1).requires_grad_()
+    _, metrics = cross_entropy_with_metrics(logits, target)
+    (grad,) = torch.autograd.grad(metrics.entropy.sum(), target)
+    assert torch.equal(grad, torch.zeros_like(target))
+
+
+@pytest.mark.parametrize("classes", [6, 60, 3000])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 2.0, "tensor"])
 @every_backend

@@ -237,8 +237,10 @@ template <class A, class Row, class Weight>
 LOSSOPS_INLINE void probability_gradient(const A* u, int64_t n, const Gradients<Row>& r, Weight w, A keep,
                                          A* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = r.live[i] == 0 ? A(0) : keep * w[i] * (r.of_target_sum[i] + r.of_dot[i] * (u[i] - r.max[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const A of_logit = r.of_dot[i] == 0 ? A(0) : r.of_dot[i] * (u[i] - r.max[i]); // 0 at -inf too
+    out[i] = r.live[i] == 0 ? A(0) : keep * w[i] * (r.of_target_sum[i] + of_logit);
+  }
 }
 
 template <class A>
