@@ -229,7 +229,8 @@ def notes(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     return (
         f"{where}; torch {machine['torch']}, lossops {machine['lossops']} ({build}); "
         f"{machine['date']}. Medians of {machine['rounds']} or more interleaved rounds{fewer}. "
-        "`GB/s` counts what must move at least (see the cases' byte counts), over the time of ours; "
+        "`GB/s` counts what two passes must move at least (see the cases' byte counts; in a loop on the CPU "
+        "our plain losses read their operands once), over the time of ours; "
         f"`% of copy` sets it against a large copy into memory in use: {machine['copy_gb_s']:.1f} GB/s here. "
         "Small cases live in the caches and may exceed it; a pass that only reads may too. "
         + products

@@ -319,33 +319,44 @@ void check_async_errors() {
 #endif
 }
 
+// A forward call and its results.
+template <class Device>
+struct Loss {
+  CrossEntropyForward call;
+  Tensor loss, stats, normalizer;
+
+  // `operands` must have been given all tensors that lie in the rows' order.
+  Loss(Operands& operands, const std::optional<Tensor>& weight, int64_t reduction,
+       std::optional<ScalarType> out_dtype) {
+    constexpr const char* op = "cross_entropy";
+    const Tensor& logits = operands.logits;
+    call.reduction = reduction_of(reduction, op);
+    ScalarType loss_dtype = logits.scalar_type();
+    if (!operands.index_target) {
+      loss_dtype = promote(loss_dtype, operands.target.scalar_type());
+      if (weight) loss_dtype = promote(loss_dtype, weight->scalar_type());
+    }
+    loss_dtype = out_dtype.value_or(loss_dtype);
+    loss = empty(call.reduction == Reduction::none ? operands.row_shape : Sizes{}, loss_dtype, logits);
+    stats = operands.empty_rows<Device>(operands.stat_rows());
+    normalizer = empty({}, ScalarType::Double, logits);
+    operands.give(call);
+    call.loss = loss.data_ptr();
+    call.loss_dtype = dtype_of(loss, op, "out_dtype");
+    call.stats = stats.data_ptr();
+    call.normalizer = static_cast<double*>(normalizer.data_ptr());
+  }
+};
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target,
                                                          std::optional<Tensor> weight, int64_t reduction,
                                                          int64_t ignore_index, double label_smoothing,
                                                          std::optional<ScalarType> out_dtype) {
-  constexpr const char* op = "cross_entropy";
-  Operands operands(op, logits, target, weight, ignore_index, label_smoothing);
-  CrossEntropyForward call;
-  call.reduction = reduction_of(reduction, op);
-  ScalarType loss_dtype = logits.scalar_type();
-  if (!operands.index_target) {
-    loss_dtype = promote(loss_dtype, target.scalar_type());
-    if (weight) loss_dtype = promote(loss_dtype, weight->scalar_type());
-  }
-  loss_dtype = out_dtype.value_or(loss_dtype);
-  Sizes stats_shape = operands.row_shape;
-  stats_shape.insert_first(operands.stat_rows());
-  Tensor loss = empty(call.reduction == Reduction::none ? operands.row_shape : Sizes{}, loss_dtype, logits);
-  Tensor stats = large_empty<Device>(stats_shape, operands.accumulation(), logits);
-  Tensor normalizer = empty({}, ScalarType::Double, logits);
-  operands.give(call);
-  call.loss = loss.data_ptr();
-  call.loss_dtype = dtype_of(loss, op, "out_dtype");
-  call.stats = stats.data_ptr();
-  call.normalizer = static_cast<double*>(normalizer.data_ptr());
-  launch(Device{}, operands, call);
-  return {loss, stats, normalizer};
+  Operands operands("cross_entropy", logits, target, weight, ignore_index, label_smoothing);
+  Loss<Device> of(operands, weight, reduction, out_dtype);
+  launch(Device{}, operands, of.call);
+  return {of.loss, of.stats, of.normalizer};
 }
 
 template <class Device>
@@ -457,6 +468,40 @@ void implement(Library& m) {
 }
 
 LOSSOPS_IMPLEMENT(implement)
+
+#ifndef LOSSOPS_EMULATED
+
+// The loss, and the gradient of the logits for an upstream gradient of 1. Without class weights the divisor
+// of a mean is known before any logit is read.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
+    Tensor logits, Tensor target, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    std::optional<ScalarType> out_dtype) {
+  static const double one = 1;
+  Operands operands("cross_entropy", logits, target, std::nullopt, ignore_index, label_smoothing);
+  CrossEntropyBackward gradient;
+  const Tensor grad_logits = std::get<0>(operands.take_gradients<Cpu>(gradient, true, false));
+  Loss<Cpu> of(operands, std::nullopt, reduction, out_dtype);
+  LOSSOPS_CHECK_AS(ValueError, of.call.reduction != Reduction::none,
+                   "cross_entropy_forward_backward: expected reduction 1 (mean) or 2 (sum), got 0");
+  static_cast<CrossEntropyProblem&>(gradient) = of.call;
+  gradient.grad_loss = &one;
+  gradient.grad_loss_dtype = DType::f64;
+  bool bad_target = false;
+  of.call.bad_target = gradient.bad_target = &bad_target;
+  if (of.call.reduction == Reduction::mean) {
+    *of.call.normalizer = static_cast<double>(cpu::count_rows(of.call));
+    gradient.normalizer = of.call.normalizer;
+  }
+  cpu::launch(of.call, &gradient);
+  if (bad_target) operands.raise_bad_target();
+  return {of.loss, of.stats, of.normalizer, grad_logits};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LOSSOPS_NAMESPACE, CPU, m) {
+  m.impl("cross_entropy_forward_backward", TORCH_BOX(&cross_entropy_forward_backward));
+}
+
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(LOSSOPS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("check_async_errors", TORCH_BOX(&check_async_errors));

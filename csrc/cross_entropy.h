@@ -138,7 +138,10 @@ struct CrossEntropyRowsBackwardBackward : CrossEntropyRowsBackward {
 };
 
 namespace cpu {
-void launch(const CrossEntropyForward&);
+// With `gradient`, of the same operands, that too: unit by unit, while the logits are in the caches. What it
+// reads of the loss's results is there by then, but for a normalizer, which must have been set.
+void launch(const CrossEntropyForward&, const CrossEntropyBackward* gradient = nullptr);
+int64_t count_rows(const CrossEntropyProblem&); // without the ignored ones
 void launch(const CrossEntropyBackward&);
 void launch(const CrossEntropyRowsForward&);
 void launch(const CrossEntropyRowsBackward&);

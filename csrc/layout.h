@@ -120,7 +120,7 @@ inline void for_each_row(const Positions<Operands>& positions, const int64_t* ru
 
 // Work is cut into units by shape alone, never by the number of threads, and each unit's sum is
 // added in order: results are the same bit for bit however many threads there are.
-constexpr int64_t kMaxUnits = 1024;
+constexpr int64_t kMaxUnits = 4096;
 
 struct Units {
   int64_t positions = 0; // in all

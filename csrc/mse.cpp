@@ -144,5 +144,40 @@ void implement(Library& m) {
 
 LOSSOPS_IMPLEMENT(implement)
 
+#ifndef LOSSOPS_EMULATED
+
+// The loss without weight or mask, and the gradient of the input for an upstream gradient of 1.
+std::tuple<Tensor, Tensor, Tensor> mse_forward_backward(Tensor input, Tensor target, int64_t reduction,
+                                                        std::optional<ScalarType> out_dtype) {
+  constexpr const char* op = "mse_loss";
+  static const double one = 1;
+  Operands operands(op, input);
+  MSEForward call;
+  MSEBackward gradient;
+  operands.take_problem(call, input, target, std::nullopt, std::nullopt);
+  call.reduction = reduction_of(reduction, op);
+  LOSSOPS_CHECK_AS(ValueError, call.reduction != Reduction::none,
+                   "mse_forward_backward: expected reduction 1 (mean) or 2 (sum), got 0");
+  const ScalarType dtype = out_dtype.value_or(promote(input.scalar_type(), target.scalar_type()));
+  Tensor loss = empty({}, dtype, input), normalizer = empty({}, ScalarType::Double, input);
+  Tensor grad_input = empty_elementwise<Cpu>(input, input.scalar_type());
+  gradient.grad_input = operands.take(grad_input, kOut, "grad_input");
+  gradient.grad = {const_cast<double*>(&one), DType::f64};
+  call.out = {loss.data_ptr(), dtype_of(loss, op, "out_dtype")};
+  call.normalizer = static_cast<double*>(normalizer.data_ptr());
+  operands.give(call);
+  static_cast<MSEProblem&>(gradient) = call;
+  *call.normalizer = static_cast<double>(call.elements.count);
+  if (call.reduction == Reduction::mean) gradient.normalizer = call.normalizer;
+  cpu::launch(call, &gradient);
+  return {loss, normalizer, grad_input};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LOSSOPS_NAMESPACE, CPU, m) {
+  m.impl("mse_forward_backward", TORCH_BOX(&mse_forward_backward));
+}
+
+#endif
+
 } // namespace
 } // namespace lossops

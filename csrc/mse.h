@@ -56,7 +56,9 @@ struct MSEBackward : MSEProblem {
 };
 
 namespace cpu {
-void launch(const MSEForward&);
+// With `gradient`, of the same operands, that too: unit by unit, while these are in the caches. A normalizer
+// that it reads must have been set.
+void launch(const MSEForward&, const MSEBackward* gradient = nullptr);
 void launch(const MSEBackward&);
 } // namespace cpu
 

@@ -20,6 +20,10 @@ def note(text: str) -> None:
         _notes.append(text)
 
 
+def is_explaining() -> bool:
+    return _notes is not None
+
+
 class Kernel(NamedTuple):
     """One launch."""
 
@@ -83,6 +87,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     >>> print(lossops.explain(lossops.cross_entropy, logits, target))
     cross_entropy_forward: avx512, along each row, 2 threads
     cross_entropy_backward: avx512, along each row, 2 threads
+    note: cross_entropy: a loop's later steps compute this gradient in the forward pass, with the loss
     """
     global _notes
     in_place = bool(kwargs.get("inplace_backward") or getattr(function, "inplace_backward", False))

@@ -24,6 +24,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _C, _rows
+from ._ahead import Ahead
 from ._autograd import (
     MEAN,
     NONE,
@@ -65,6 +66,7 @@ from ._rows import (
 from ._small import addresses, empty_scalar, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.cross_entropy_forward.default
+_forward_backward = torch.ops.lossops.cross_entropy_forward_backward.default
 _backward = torch.ops.lossops.cross_entropy_backward.default
 
 
@@ -128,6 +130,12 @@ def _(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtyp
     return loss, stats, logits.new_empty((), dtype=torch.float64)
 
 
+@torch.library.register_fake("lossops::cross_entropy_forward_backward")
+def _(logits, target, reduction, ignore_index, label_smoothing, out_dtype):
+    options = reduction, ignore_index, label_smoothing, out_dtype
+    return *_forward(logits, target, None, *options), torch.empty_like(logits)
+
+
 @torch.library.register_fake("lossops::cross_entropy_backward")
 def _(
     grad_loss,
@@ -164,21 +172,30 @@ def _loss_backward(needs, options, grad_loss, logits, target, weight, stats, nor
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
+_ahead = Ahead("cross_entropy")
+
+
 class EagerCrossEntropy(Function):
     """The loss of logits, target, weight and options, outside torch.func."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
-        loss, stats, normalizer = _forward(
-            logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype
-        )
+        options = reduction, ignore_index, label_smoothing, out_dtype
+        if weight is None and _ahead.is_asked(ctx, reduction, logits, target):
+            loss, stats, normalizer, ctx.gradient = _forward_backward(logits, target, *options)
+        else:
+            loss, stats, normalizer = _forward(logits, target, weight, *options)
         ctx.save_for_backward(logits, target, weight, stats, normalizer if reduction == MEAN else None)
         ctx.options = ignore_index, label_smoothing
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grads = _loss_backward(ctx.needs_input_grad[:2], ctx.options, grad_loss, *ctx.saved_tensors)
+        tensors = ctx.saved_tensors
+        gradient = _ahead.gradient(ctx, grad_loss)
+        if gradient is not None:
+            return gradient, None, None, None, None, None, None
+        grads = _loss_backward(ctx.needs_input_grad[:2], ctx.options, grad_loss, *tensors)
         return *grads, None, None, None, None, None
 
 

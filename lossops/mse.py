@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _C
+from ._ahead import Ahead
 from ._autograd import (
     MEAN,
     NONE,
@@ -40,6 +41,7 @@ from ._small import addresses, empty_scalar, gradient_addresses, short_apply
 _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
 _backward = torch.ops.lossops.mse_backward.default
+_forward_backward = torch.ops.lossops.mse_forward_backward.default
 
 
 def mse_reference(
@@ -94,6 +96,11 @@ def _(input, target, weight, mask, reduction, out_dtype):
     return _fake_loss(input, reduction, out_dtype or promote(input, target, weight))
 
 
+@torch.library.register_fake("lossops::mse_forward_backward")
+def _(input, target, reduction, out_dtype):
+    return *_forward(input, target, None, None, reduction, out_dtype), torch.empty_like(input)
+
+
 @torch.library.register_fake("lossops::mse_jvp")
 def _(input, target, weight, mask, input_tangent, target_tangent, reduction, out_dtype):
     tangents = {"input_tangent": input_tangent, "target_tangent": target_tangent}
@@ -127,18 +134,28 @@ def _loss_backward(needs, grad_loss, input, target, weight, mask, normalizer):
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
+_ahead = Ahead("mse_loss")
+
+
 class EagerMSE(Function):
     """The loss of input, target, weight and mask, all of one shape, outside torch.func."""
 
     @staticmethod
     def forward(ctx, input, target, weight, mask, reduction, out_dtype):
-        loss, normalizer = _forward(input, target, weight, mask, reduction, out_dtype)
+        if weight is None and mask is None and _ahead.is_asked(ctx, reduction, input, target):
+            loss, normalizer, ctx.gradient = _forward_backward(input, target, reduction, out_dtype)
+        else:
+            loss, normalizer = _forward(input, target, weight, mask, reduction, out_dtype)
         ctx.save_for_backward(input, target, weight, mask, normalizer if reduction == MEAN else None)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grads = _loss_backward(ctx.needs_input_grad[:2], grad_loss, *ctx.saved_tensors)
+        tensors = ctx.saved_tensors
+        gradient = _ahead.gradient(ctx, grad_loss)
+        if gradient is not None:
+            return gradient, None, None, None, None, None
+        grads = _loss_backward(ctx.needs_input_grad[:2], grad_loss, *tensors)
         return *grads, None, None, None, None
 
 

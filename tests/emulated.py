@@ -14,7 +14,7 @@ import torch
 from cuda_emulator.build import CACHE, build_library, missing
 from cuda_emulator.control import ASCENDING, ORDERS, Emulator
 
-from lossops import _C, _small
+from lossops import _C, _ahead, _small
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = "lossops_emulated"
@@ -85,6 +85,7 @@ def emulation(flavour: str = "plain") -> Iterator[None]:
     """While it lasts, CPU tensors go to the CUDA kernels, small batches too."""
     library = load(flavour)
     limit, _small.LIMIT = _small.LIMIT, 0
+    enabled, _ahead.ENABLED = _ahead.ENABLED, False
     overrides = torch.library.Library("lossops", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced
@@ -100,6 +101,7 @@ def emulation(flavour: str = "plain") -> Iterator[None]:
     finally:
         overrides._destroy()
         _small.LIMIT = limit
+        _ahead.ENABLED = enabled
 
 
 @contextmanager

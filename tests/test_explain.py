@@ -30,7 +30,7 @@ def test_kernels_forward_and_backward(device: str) -> None:
     assert ops(found) == ["cross_entropy_forward", "cross_entropy_backward"]
     here = lossops._C.cpu_isa() if device == CPU else "cuda"
     assert {kernel.device for kernel in found.kernels} == {here}
-    assert not found.copies and not found.notes
+    assert not found.copies and not [n for n in found.notes if "later steps" not in n]  # see test_ahead.py
     x, y = torch.randn(2, 1000, 70).unbind()
     assert ops(explain(lossops.mse_loss, x.requires_grad_(), y)) == ["mse_forward", "mse_backward"]
 

@@ -1,3 +1,5 @@
+#include <numeric>
+
 #include "chunks.h"
 
 #define LOSSOPS_KERNELS "cross_entropy.inl"
@@ -19,7 +21,18 @@ const char* way_of(const CrossEntropyBackward& a) {
 
 } // namespace
 
-void launch(const CrossEntropyForward& a) {
+int64_t count_rows(const CrossEntropyProblem& a) {
+  if (!a.index_target()) return a.rows.count;
+  const Isa isa = active_isa();
+  const Units units(a.rows.count, 1, kElementsPerUnit);
+  int64_t counts[kMaxUnits];
+  parallel_for_units(units, 1, [&](int64_t unit) {
+    LOSSOPS_FOR_ISA(count_range(a, units.begin(unit), units.end(unit), counts[unit]))
+  });
+  return std::accumulate(counts, counts + units.count, int64_t{0});
+}
+
+void launch(const CrossEntropyForward& a, const CrossEntropyBackward* gradient) {
   const Isa isa = active_isa();
   double loss[kMaxUnits], weight[kMaxUnits]; // set by the unit they belong to
   const Chunks chunks(a);
@@ -37,12 +50,17 @@ void launch(const CrossEntropyForward& a) {
       LOSSOPS_CALL(forward_join, a, row, of_row, kStateBytes, chunks.per_row, loss[row], weight[row]);
     }
     sums = a.rows.count;
+    if (gradient != nullptr) launch(*gradient);
   } else {
-    trace_rows("cross_entropy_forward", isa, a, way_of(a));
+    trace_rows(gradient == nullptr ? "cross_entropy_forward" : "cross_entropy_forward_backward", isa, a,
+               way_of(a));
     const Units units(a.rows.count, a.classes, kElementsPerUnit);
     parallel_for_units(units, a.classes, [&](int64_t unit) {
       loss[unit] = weight[unit] = 0;
       LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), loss[unit], weight[unit]);
+      if (gradient != nullptr) {
+        LOSSOPS_CALL(backward_range, *gradient, units.begin(unit), units.end(unit));
+      }
     });
     sums = units.count;
   }

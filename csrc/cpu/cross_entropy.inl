@@ -108,7 +108,7 @@ LOSSOPS_INLINE void with_values(const ClassTensor& t, int64_t offset, int64_t c,
 template <class A, class F>
 LOSSOPS_INLINE void with_gradient(const ClassTensor& t, int64_t offset, const ClassTensor& gradient,
                                   int64_t gradient_offset, int64_t c, int64_t n, A* buffer, A* out_buffer,
-                                  const F& f) {
+                                  bool stream, const F& f) {
   const int64_t stride = gradient.class_stride;
   gradient_offset += c * stride;
   if constexpr (std::is_same_v<A, float>) {
@@ -117,9 +117,9 @@ LOSSOPS_INLINE void with_gradient(const ClassTensor& t, int64_t offset, const Cl
                static_cast<BFloat16*>(gradient.data) + gradient_offset);
   }
   const A* z = load_classes(t, offset, c, n, buffer);
-  A* dz = destination(gradient.dtype, gradient.data, gradient_offset, stride, out_buffer);
+  A* dz = destination(gradient.dtype, gradient.data, gradient_offset, stride, out_buffer, stream);
   f(z, dz);
-  store(gradient.dtype, dz, gradient.data, gradient_offset, stride, n);
+  store(gradient.dtype, dz, gradient.data, gradient_offset, stride, n, stream);
 }
 
 // f(kProbabilities, p, w): the block's probabilities and class weights, as the loops want them.
@@ -315,7 +315,8 @@ void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, i
     const int64_t n = std::min(kBlock, c1 - c);
     with_target<A>(a, o[kTarget], c, n, p_buffer, [&](auto probabilities, const A* p, auto w) {
       const auto write = [&](const ClassTensor& t, CrossEntropyOperand k, const auto& compute) {
-        with_gradient(a.logits, o[kLogits], t, o[k], c, n, z_buffer, out_buffer, compute);
+        with_gradient(a.logits, o[kLogits], t, o[k], c, n, z_buffer, out_buffer,
+                      is_streamed(a.rows.count * a.classes, t.dtype), compute);
       };
       if (a.grad_target.data != nullptr)
         write(a.grad_target, kGradTarget, [&](const auto* z, auto* dp) {
@@ -764,7 +765,7 @@ void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
       }
     };
     with_gradient(a.logits, o[kLogits], a.grad_logits, o[kGradLogits], i0 * a.classes, elements, z_buffer,
-                  out_buffer, [&](const auto* z, auto* dz) {
+                  out_buffer, false, [&](const auto* z, auto* dz) {
                     if constexpr (std::is_same_v<A, std::remove_reference_t<decltype(*dz)>>) {
                       gradient(z, Uniform<A>{0}, dz);
                       for_each_own([&](int64_t at, A term) { dz[at] -= term; });
@@ -793,6 +794,24 @@ inline bool along_rows(const CrossEntropyProblem& a) {
 // stream; else few enough for L1 to keep the tile while it is turned.
 inline int64_t tile_rows(const CrossEntropyProblem& a) {
   return a.rows.inner_stride(kLogits) == 1 && a.classes > 1 ? kTile : 128;
+}
+
+// How many rows' class indices are not to be ignored.
+inline void count_range(const CrossEntropyProblem& a, int64_t begin, int64_t end, int64_t& counted) {
+  counted = 0;
+  with_type(a.target.dtype, [&](auto* type) {
+    using T = std::remove_reference_t<decltype(*type)>;
+    if constexpr (std::is_integral_v<T>) {
+      const int64_t stride = a.rows.inner_stride(kTarget);
+      for_each_run(a.rows, begin, end, end - begin, [&](const int64_t* o, int64_t n) {
+        const T* target = static_cast<const T*>(a.target.data) + o[kTarget];
+        int64_t count = 0;
+#pragma omp simd reduction(+ : count)
+        for (int64_t i = 0; i < n; ++i) count += target[i * stride] == a.ignore_index ? 0 : 1;
+        counted += count;
+      });
+    }
+  });
 }
 
 template <class A>

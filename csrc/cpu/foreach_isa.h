@@ -10,6 +10,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "memory.h"
+
 #undef LOSSOPS_X86_KERNELS
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LOSSOPS_X86_KERNELS 1

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -11,6 +12,19 @@
 #endif
 
 namespace lossops::cpu {
+namespace {
+
+std::atomic<int64_t> streamed_from{4 * kHugePage};
+
+} // namespace
+
+int64_t stream_bytes() {
+  return streamed_from.load(std::memory_order_relaxed);
+}
+
+void set_stream_bytes(int64_t bytes) {
+  streamed_from.store(bytes, std::memory_order_relaxed);
+}
 
 void use_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -18,14 +18,20 @@ void trace_elements(const char* kernel, Isa isa, const Units& units, const MSEPr
 
 } // namespace
 
-void launch(const MSEForward& a) {
+void launch(const MSEForward& a, const MSEBackward* gradient) {
   const Isa isa = active_isa();
   double sums[kMaxUnits], weights[kMaxUnits]; // set by the unit they belong to
   const Units units(a.elements.count, 1, kElementsPerUnit);
-  trace_elements(a.input_tangent.data == nullptr ? "mse_forward" : "mse_jvp", isa, units, a);
+  const char* const kernel = a.input_tangent.data != nullptr ? "mse_jvp"
+                             : gradient != nullptr           ? "mse_forward_backward"
+                                                             : "mse_forward";
+  trace_elements(kernel, isa, units, a);
   parallel_for_units(units, 1, [&](int64_t unit) {
     sums[unit] = weights[unit] = 0;
     LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), sums[unit], weights[unit]);
+    if (gradient != nullptr) {
+      LOSSOPS_CALL(backward_range, *gradient, units.begin(unit), units.end(unit));
+    }
   });
   double sum = 0, weight = 0;
   for (int64_t i = 0; i < units.count; ++i) {

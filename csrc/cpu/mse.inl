@@ -23,6 +23,9 @@ struct Everything {
   LOSSOPS_INLINE A keep(int64_t, A x) const {
     return x;
   }
+  int64_t of(int64_t n) const {
+    return n;
+  }
 };
 
 // Of a run in which some do: all bits set where an element counts, none elsewhere. Taken with a bitwise
@@ -31,9 +34,13 @@ template <class A>
 struct Mask {
   using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
   const Bits* bits;
+  int64_t counted;
 
   LOSSOPS_INLINE A keep(int64_t i, A x) const {
     return bits_as<A>(bits_as<Bits>(x) & bits[i]);
+  }
+  int64_t of(int64_t) const {
+    return counted;
   }
 };
 
@@ -107,41 +114,63 @@ LOSSOPS_INLINE void for_each_masked_run(const MSEProblem& a, int64_t begin, int6
     if (counted == n)
       some(o, n, Everything());
     else if (counted > 0)
-      some(o, n, Mask<A>{bits});
+      some(o, n, Mask<A>{bits, counted});
     else
       none(o, n);
   });
 }
 
-// Sums in double of short sums in A: exact enough whether or not the short ones are vectorised. Without
-// weights (null) each element that counts does so by 1.
-template <class A, class Counts, class F>
-LOSSOPS_INLINE void add_piecewise(int64_t n, const F& term, const A* w, Counts counts, double& sum,
-                                  double& weight_sum) {
-  constexpr int64_t kPiece = 128;
-  for (int64_t begin = 0; begin < n; begin += kPiece) {
-    const int64_t end = std::min(n, begin + kPiece);
-    A part = 0, weight_part = 0;
-    if (w == nullptr && std::is_same_v<Counts, Everything>) {
-#pragma omp simd reduction(+ : part)
-      for (int64_t i = begin; i < end; ++i) part += term(i);
-      weight_part = static_cast<A>(end - begin);
-    } else {
-      const auto add = [&](auto weight) {
-#pragma omp simd reduction(+ : part, weight_part)
-        for (int64_t i = begin; i < end; ++i) {
-          part += term(i);
-          weight_part += counts.keep(i, weight[i]);
-        }
-      };
-      if (w == nullptr)
-        add(Uniform<A>{1});
-      else
-        add(w);
+// Adds term(i) for each i below n that counts, and its weight (w null: 1): short sums in A, lane by lane, and
+// sums in double of these.
+template <bool kWeighted, class A, class F, class Counts>
+LOSSOPS_INLINE void add_terms(int64_t n, const F& term, const A* w, Counts counts, double& sum,
+                              double& weight_sum) {
+  constexpr int64_t lanes = kLanes<A> / 2; // one vector: memory keeps up with two streams better than four
+  constexpr int64_t piece = 16 * lanes;
+  alignas(64) double sums[lanes] = {}, weight_sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + piece <= n; i += piece) {
+    alignas(64) A part[lanes] = {}, weight_part[lanes] = {};
+#pragma GCC unroll 1
+    for (int64_t j = i; j < i + piece; j += lanes) {
+#pragma omp simd
+      for (int64_t k = 0; k < lanes; ++k) {
+        part[k] += counts.keep(j + k, term(j + k));
+        if constexpr (kWeighted) weight_part[k] += counts.keep(j + k, w[j + k]);
+      }
     }
-    sum += part;
-    weight_sum += weight_part;
+#pragma omp simd
+    for (int64_t k = 0; k < lanes; ++k) {
+      sums[k] += part[k];
+      if constexpr (kWeighted) weight_sums[k] += weight_part[k];
+    }
   }
+  A rest = 0, weight_rest = 0;
+  if (i < n) {
+#pragma omp simd reduction(+ : rest, weight_rest)
+    for (int64_t k = i; k < n; ++k) {
+      rest += counts.keep(k, term(k));
+      if constexpr (kWeighted) weight_rest += counts.keep(k, w[k]);
+    }
+  }
+  const auto plus = [](double a, double b) { return a + b; };
+  sum += fold(sums, plus) + rest;
+  weight_sum += kWeighted ? fold(weight_sums, plus) + weight_rest : static_cast<double>(counts.of(n));
+}
+
+// Adds the losses of n elements, and their weights.
+template <class A, class X, class Counts>
+LOSSOPS_INLINE void add_losses(const X* x, const X* y, const A* w, int64_t n, Counts counts, double& sum,
+                               double& weight_sum) {
+  const auto square = [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
+    const A d = static_cast<A>(widen(x[i])) - static_cast<A>(widen(y[i]));
+    return d * d;
+  };
+  const auto weighted = [&](int64_t i) LOSSOPS_INLINE_LAMBDA { return w[i] * square(i); };
+  if (w == nullptr)
+    add_terms<false>(n, square, w, counts, sum, weight_sum);
+  else
+    add_terms<true>(n, weighted, w, counts, sum, weight_sum);
 }
 
 template <class A>
@@ -161,44 +190,37 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, Counts counts
   const auto operand = [&](const Elements& t, MSEOperand k, A absent, A* buffer) {
     return load_operand(t, o[k], a.elements.inner_stride(k), n, absent, buffer);
   };
+  const A* w = a.weight.data != nullptr ? operand(a.weight, kWeight, 1, b.weight) : nullptr;
+  const bool none = a.reduction == Reduction::none, along = a.input_tangent.data != nullptr;
   const A *x = operand(a.input, kInput, 0, b.input), *y = operand(a.target, kTargetElement, 0, b.target);
-  const bool weighted = a.weight.data != nullptr;
-  const A* w = weighted ? operand(a.weight, kWeight, 1, b.weight) : nullptr;
-  if (a.reduction != Reduction::none && a.input_tangent.data == nullptr) {
-    const auto add = [&](auto weight) {
-      const auto loss = [&](int64_t i) {
-        return counts.keep(i, weight[i] * ((x[i] - y[i]) * (x[i] - y[i])));
-      };
-      add_piecewise(n, loss, w, counts, sum, weight_sum);
-    };
-    if (weighted)
-      add(w);
-    else
-      add(Uniform<A>{1});
-    return;
-  }
+  if (!none && !along) return add_losses<A>(x, y, w, n, counts, sum, weight_sum);
   const int64_t stride = a.elements.inner_stride(kOut);
-  const bool none = a.reduction == Reduction::none;
   A* out = none ? destination(a.out.dtype, a.out.data, o[kOut], stride, b.other) : b.other;
-  if (!weighted) {
-    std::fill(b.weight, b.weight + n, A(1));
-    w = b.weight;
-  }
-  if (a.input_tangent.data == nullptr) {
+  const auto fill = [&](auto weight) {
+    if (!along) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, w[i] * ((x[i] - y[i]) * (x[i] - y[i])));
-  } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, weight[i] * ((x[i] - y[i]) * (x[i] - y[i])));
+      return;
+    }
     const A* dx = operand(a.input_tangent, kInputTangent, 0, b.extra);
     alignas(64) A dy_buffer[kBlock];
     const A* dy = operand(a.target_tangent, kTargetTangent, 0, dy_buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, 2 * w[i] * (x[i] - y[i]) * (dx[i] - dy[i]));
-  }
+    for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, 2 * weight[i] * (x[i] - y[i]) * (dx[i] - dy[i]));
+  };
+  if (w != nullptr)
+    fill(w);
+  else
+    fill(Uniform<A>{1});
   if (none) {
     store(a.out.dtype, out, a.out.data, o[kOut], stride, n);
     return;
   }
-  add_piecewise(n, [&](int64_t i) { return out[i]; }, w, counts, sum, weight_sum);
+  const auto computed = [&](int64_t i) LOSSOPS_INLINE_LAMBDA { return out[i]; };
+  if (w == nullptr)
+    add_terms<false>(n, computed, w, counts, sum, weight_sum);
+  else
+    add_terms<true>(n, computed, w, counts, sum, weight_sum);
 }
 
 // grad_input = 2*g*w*(x - y), grad_target its negative.
@@ -220,10 +242,12 @@ void backward_run(const MSEBackward& a, const int64_t* o, int64_t n, Counts coun
     if (t.data == nullptr) return;
     const int64_t stride = a.elements.inner_stride(k);
     A* out = destination(t.dtype, t.data, o[k], stride, b.other);
+    const bool stream = is_streamed(a.elements.count, t.dtype), in_place = out != b.other;
     const A scale = sign * factor;
     const auto fill = [&](auto grad, auto weight) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = counts.keep(i, scale * grad[i] * weight[i] * (x[i] - y[i]));
+      for_each_result<A>(n, out, stream && in_place, [&](int64_t i, A& result) LOSSOPS_INLINE_LAMBDA {
+        result = counts.keep(i, scale * grad[i] * weight[i] * (x[i] - y[i]));
+      });
     };
     const Uniform<A> one{1};
     if (g != nullptr && w != nullptr)
@@ -234,14 +258,41 @@ void backward_run(const MSEBackward& a, const int64_t* o, int64_t n, Counts coun
       fill(one, w);
     else
       fill(one, one);
-    store(t.dtype, out, t.data, o[k], stride, n);
+    store(t.dtype, out, t.data, o[k], stride, n, stream && !in_place);
   };
   write(a.grad_input, kOut, 1);
   write(a.grad_target, kOutTarget, -1);
 }
 
+// Whether the losses can be summed from the operands as they stand, without a buffer that they must fit into:
+// bfloat16 too, since widening in passing is cheaper than a copy.
+template <class A>
+bool stand_alone(const MSEForward& a) {
+  const auto stands = [&](const Elements& t, MSEOperand k, DType dtype) {
+    return t.data == nullptr || (t.dtype == dtype && a.elements.inner_stride(k) == 1);
+  };
+  const DType dtype = std::is_same_v<A, float> && a.input.dtype == DType::bf16 ? DType::bf16 : dtype_of<A>;
+  return a.reduction != Reduction::none && a.input_tangent.data == nullptr && a.mask == nullptr &&
+         stands(a.input, kInput, dtype) && stands(a.target, kTargetElement, dtype) &&
+         stands(a.weight, kWeight, dtype_of<A>);
+}
+
 template <class A>
 void forward_range(const MSEForward& a, int64_t begin, int64_t end, double& sum, double& weight_sum) {
+  if (stand_alone<A>(a)) // in runs as long as they come, for each start costs
+    return for_each_run(a.elements, begin, end, end - begin, [&](const int64_t* o, int64_t n) {
+      const A* w = a.weight.data == nullptr ? nullptr : static_cast<const A*>(a.weight.data) + o[kWeight];
+      const auto add = [&](auto* type) {
+        using X = std::remove_reference_t<decltype(*type)>;
+        add_losses<A>(static_cast<const X*>(a.input.data) + o[kInput],
+                      static_cast<const X*>(a.target.data) + o[kTargetElement], w, n, Everything(), sum,
+                      weight_sum);
+      };
+      if (std::is_same_v<A, float> && a.input.dtype == DType::bf16)
+        add(static_cast<BFloat16*>(nullptr));
+      else
+        add(static_cast<A*>(nullptr));
+    });
   for_each_masked_run<A>(
       a, begin, end,
       [&](const int64_t* o, int64_t n, auto counts) { forward_run<A>(a, o, n, counts, sum, weight_sum); },
@@ -258,4 +309,5 @@ void backward_range(const MSEBackward& a, int64_t begin, int64_t end) {
         store_zeros<A>(a, a.grad_input, kOut, o, n);
         store_zeros<A>(a, a.grad_target, kOutTarget, o, n);
       });
+  end_of_stream();
 }

@@ -26,10 +26,10 @@ template <class A>
 constexpr int64_t kLanes = 2 * LOSSOPS_VECTOR_BYTES / sizeof(A);
 
 // Joins the lanes in halves: as a reduction the compiler would take them one after the other.
-template <class A, class F>
-LOSSOPS_INLINE A fold(A* lanes, const F& f) {
+template <class T, size_t count, class F>
+LOSSOPS_INLINE T fold(T (&lanes)[count], const F& f) {
 #pragma GCC unroll 8
-  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2) {
+  for (int64_t half = count / 2; half > 0; half /= 2) {
 #pragma omp simd
     for (int64_t k = 0; k < half; ++k) lanes[k] = f(lanes[k], lanes[k + half]);
   }
@@ -215,6 +215,42 @@ LOSSOPS_INLINE void narrow(A x, T& out) {
   out = static_cast<T>(x);
 }
 
+// Whether results are so many that they are written past the caches: a store that goes into them reads first
+// what was there, and whoever reads the results next would not find them there anyway.
+LOSSOPS_INLINE bool is_streamed(int64_t elements, DType dtype) {
+  const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  return elements * size >= stream_bytes();
+}
+
+// Copies one vector to an aligned address past the caches, where there is an instruction for its size.
+template <int64_t bytes>
+LOSSOPS_INLINE void stream_vector(const void* from, void* to) {
+#if LOSSOPS_X86_KERNELS
+#define LOSSOPS_STREAM(BYTES, INSTRUCTION)                                    \
+  if constexpr (bytes == BYTES) {                                             \
+    typedef long long Vector __attribute__((vector_size(BYTES), may_alias));  \
+    INSTRUCTION(static_cast<Vector*>(to), *static_cast<const Vector*>(from)); \
+  }
+  LOSSOPS_STREAM(16, __builtin_ia32_movntdq)
+#if LOSSOPS_VECTOR_BYTES >= 32
+  LOSSOPS_STREAM(32, __builtin_ia32_movntdq256)
+#endif
+#if LOSSOPS_VECTOR_BYTES >= 64
+  LOSSOPS_STREAM(64, __builtin_ia32_movntdq512)
+#endif
+#undef LOSSOPS_STREAM
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// After the last of them, before another thread may read.
+LOSSOPS_INLINE void end_of_stream() {
+#if LOSSOPS_X86_KERNELS
+  __builtin_ia32_sfence();
+#endif
+}
+
 // Calls f with a null pointer of the storage type of `dtype`.
 template <class F>
 LOSSOPS_INLINE void with_type(DType dtype, const F& f) {
@@ -256,10 +292,10 @@ const A* load(DType dtype, const void* base, int64_t offset, int64_t stride, int
 }
 
 // Where the n results for base[offset + i*stride] are to be computed: in place, or in `buffer`,
-// from which store() rounds them once.
+// from which store() rounds them once, or streams them.
 template <class A>
-A* destination(DType dtype, void* base, int64_t offset, int64_t stride, A* buffer) {
-  return dtype == dtype_of<A> && stride == 1 ? static_cast<A*>(base) + offset : buffer;
+A* destination(DType dtype, void* base, int64_t offset, int64_t stride, A* buffer, bool stream = false) {
+  return dtype == dtype_of<A> && stride == 1 && !stream ? static_cast<A*>(base) + offset : buffer;
 }
 
 template <class T, class A>
@@ -273,12 +309,37 @@ LOSSOPS_INLINE void store_as(const A* __restrict buffer, int64_t stride, int64_t
   }
 }
 
+// Computes out[i] by f(i, out[i]) for each i below n. With `stream` results go past the caches, in whole
+// vectors of as many elements as one vector of A gives, for what lies in two vectors' stores no load can take
+// over from them.
+template <class A, class T, class F>
+LOSSOPS_INLINE void for_each_result(int64_t n, T* out, bool stream, const F& f) {
+  constexpr int64_t lanes = kLanes<A>, bytes = std::min<int64_t>(lanes * sizeof(T) / 2, LOSSOPS_VECTOR_BYTES);
+  int64_t i = 0;
+  if constexpr (bytes >= 16) {
+    const int64_t apart = (-reinterpret_cast<uintptr_t>(out) & (bytes - 1)) / sizeof(T);
+    for (; i < (stream ? std::min(apart, n) : 0); ++i) f(i, out[i]);
+    for (; i + lanes <= (stream ? n : 0); i += lanes) {
+      alignas(64) T results[lanes];
+#pragma omp simd
+      for (int64_t k = 0; k < lanes; ++k) f(i + k, results[k]);
+      for (int64_t k = 0; k < lanes; k += bytes / sizeof(T)) stream_vector<bytes>(results + k, out + i + k);
+    }
+  }
+#pragma omp simd
+  for (int64_t k = i; k < n; ++k) f(k, out[k]);
+}
+
 template <class A>
-void store(DType dtype, const A* values, void* base, int64_t offset, int64_t stride, int64_t n) {
-  if (dtype == dtype_of<A> && stride == 1) return; // computed in place
+void store(DType dtype, const A* values, void* base, int64_t offset, int64_t stride, int64_t n,
+           bool stream = false) {
+  if (dtype == dtype_of<A> && stride == 1 && !stream) return; // computed in place
   with_type(dtype, [&](auto* type) {
     using T = std::remove_reference_t<decltype(*type)>;
-    store_as(values, stride, n, static_cast<T*>(base) + offset);
+    T* const out = static_cast<T*>(base) + offset;
+    if (!stream || stride != 1) return store_as(values, stride, n, out);
+    for_each_result<A>(n, out, true,
+                       [&](int64_t i, T& result) LOSSOPS_INLINE_LAMBDA { narrow(values[i], result); });
   });
 }
 
