@@ -141,9 +141,9 @@ class Cpu:
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
-        self._map_each_block(False)
+        self.map_each_block(False)
 
-    def _map_each_block(self, each: bool) -> None:
+    def map_each_block(self, each: bool) -> None:
         """Sets from which size on glibc's malloc maps a block of its own.
 
         It adapts to what a program frees, up to 32 MiB: fixed there, the first case meets the
@@ -180,7 +180,7 @@ class Cpu:
         where there is no /proc.
         """
         readings: list[int] = []
-        self._map_each_block(True)
+        self.map_each_block(True)
         start = time.perf_counter()
         try:
             while len(readings) < 2 or (
@@ -199,7 +199,7 @@ class Cpu:
         except (OSError, AttributeError):
             return None
         finally:
-            self._map_each_block(False)
+            self.map_each_block(False)
         return max(0, min(readings))  # what else the process touches only adds
 
     def copy_rate(self) -> float:

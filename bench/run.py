@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import json
 import math
 import os
 import platform
@@ -147,7 +148,19 @@ def compiled(eager: Loss) -> Loss:
     def composition(**arguments: Any) -> torch.Tensor:
         return eager(**arguments)
 
+    torch._dynamo.reset()
     return torch.compile(composition, dynamic=False)
+
+
+def implementations(
+    module: ModuleType, case: Case, device: str, with_compile: bool = True
+) -> dict[str, Loss]:
+    """All by name, eager first: the others are checked against it."""
+    eager = case.eager or module.EAGER
+    losses = {EAGER: eager, OURS: case.ours or module.OURS}
+    if with_compile:
+        losses[COMPILE] = compiled(eager)
+    return losses | (module.PEERS.get(device, {}) if case.plain else {})
 
 
 def measure(
@@ -194,12 +207,31 @@ def measure(
     row.rounds = done
     for _, leaves in steps.values():
         clear(leaves)
-    for name in seconds:
-        step, leaves = steps[name]
-        if name != FLOOR:
-            kept = sum(leaf.nbytes for leaf in leaves) if row.backward else 0
-            row.peak_bytes[name] = meter.peak(step, leaves, kept)
-            clear(leaves)
+    steps.pop(FLOOR, None)
+    for name in (name for name in seconds if name in steps):
+        if case.memory is None:
+            row.peak_bytes[name] = peak_of(meter, *steps[name], row.backward)
+            clear(steps[name][1])
+        else:
+            row.peak_bytes[name] = peak_apart(row, name)
+
+
+def peak_of(meter: Cpu | Cuda, step: Step, leaves: list[torch.Tensor], backward: bool) -> int | None:
+    return meter.peak(step, leaves, sum(leaf.nbytes for leaf in leaves) if backward else 0)
+
+
+def peak_apart(row: Row, name: str) -> int | None:
+    """The same in a fresh process, where a limit is set: in the holes that others have left in this heap a
+    block that is given back stays the process's."""
+    threads = str(torch.get_num_threads())
+    worker = str(Path(__file__).with_name("_peak.py"))
+    mode = "backward" if row.backward else "forward"
+    command = [sys.executable, worker, row.loss, row.case, name, mode, threads]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        say(f"{name} has no peak in {row.loss} {row.case}: its process failed", file=sys.stderr)
+        return None
+    return json.loads(done.stdout)
 
 
 def driver_version() -> str:
@@ -287,14 +319,8 @@ def main(argv: list[str] | None = None) -> None:
                     memory=case.memory if aimed else None,
                     host_bound=meter.host_bound(case.elements),
                 )
-                # Eager first: the others are checked against it.
-                eager = case.eager or module.EAGER
-                losses = {EAGER: eager, OURS: case.ours or module.OURS}
-                if time.perf_counter() - start < arguments.compile_seconds:
-                    torch._dynamo.reset()
-                    losses[COMPILE] = compiled(eager)
-                if case.plain:
-                    losses |= module.PEERS.get(arguments.device, {})
+                with_compile = time.perf_counter() - start < arguments.compile_seconds
+                losses = implementations(module, case, arguments.device, with_compile)
                 measure(meter, row, case, losses, shared, arguments.rounds)
                 rows.append(row)
                 say(summary(row, copy_rate))

@@ -80,6 +80,18 @@ def is_transformed() -> bool:
     return _transforms_active() or forward_ad._current_level >= 0
 
 
+def is_compiled_under_vmap() -> bool:
+    """Whether torch.compile traces a call under vmap: there a tensor does not show whether it needs a
+    gradient, and torch has no autograd.Function."""
+    return torch.compiler.is_compiling() and _under_vmap()
+
+
+@torch.compiler.assume_constant_result
+def _under_vmap() -> bool:
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    return any(transform.key() == torch._C._functorch.TransformType.Vmap for transform in transforms)
+
+
 def differentiates_backward() -> bool:
     """Whether a backward pass is itself to be differentiated, or runs under a transform."""
     if torch.compiler.is_compiling():

@@ -706,7 +706,8 @@ class LinearTotal(Function):
         z_loss, zero, metrics, needs, options = ctx.options
         if not metrics:
             grad_planes = None  # compiled code passes zeros
-        head, grads = Head(*rest[:8], *options), rest[8:]
+        head, sums = Head(*rest[:8], *options), rest[8:]
+        del rest
         if grad_total is None and grad_planes is None:
             return (None,) * (5 + len(head))
         if grad_total is not None:  # that of a mean of no rows is infinite, and their gradients are 0
@@ -716,10 +717,12 @@ class LinearTotal(Function):
         else:
             to_weight = _to_row_weight(planes, row_weight, z_loss, grad_total)
             again = _may_be_called_again(grad_total)
-            grads = [
-                _times(grad, grad_total, x.dtype, again, zero) if need else None
-                for grad, x, need in zip(grads, head.differentiable, needs, strict=True)
-            ]
+            if not again:  # or all sums and all gradients at once would be the step's peak
+                ctx.maybe_clear_saved_tensors()
+            grads = []
+            for x, need in zip(head.differentiable, needs, strict=True):
+                kept = sums.pop(0)
+                grads.append(_times(kept, grad_total, x.dtype, again, zero) if need else None)
         to_weight = to_weight if ctx.needs_input_grad[0] else None
         return to_weight, None, None, None, None, *_by_place(needs, grads)
 

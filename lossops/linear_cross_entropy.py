@@ -22,6 +22,7 @@ from ._autograd import (
     accumulation,
     check_devices,
     explain_bad_input,
+    is_compiled_under_vmap,
     may_be_differentiated,
     reduction_code,
 )
@@ -362,6 +363,10 @@ def _head(call: _Call, shape: _Shape, target: Tensor, index_target: bool, shard:
 
 
 def _run(call: _Call) -> tuple[Tensor, LinearCrossEntropyMetrics | None]:
+    if is_compiled_under_vmap():
+        torch._dynamo.graph_break(
+            msg=f"{_OP} is not traced under vmap; without fullgraph=True such a call runs uncompiled"
+        )
     call = _under_autocast(call)
     shape, index_target = _shape(call.input, call.linear_weight, call.target, call.linear_bias, call.shift)
     if call.lora is not None:
@@ -438,7 +443,8 @@ def _note_chunks(head: Head) -> None:
     chunks = -(-head.x.shape[0] // head.chunk)
     dtype = product_dtype(head.x)
     of = "" if dtype == head.x.dtype else f" of {head.x.dtype}"
-    note(f"linear head: {chunks} chunks of at most {head.chunk} rows, products{of} in {dtype}")
+    ignored = "; ignored rows enter them" if head.index_target and head.x.device.type != "cpu" else ""
+    note(f"linear head: {chunks} chunks of at most {head.chunk} rows, products{of} in {dtype}{ignored}")
 
 
 def _metrics(
@@ -521,7 +527,8 @@ def linear_cross_entropy(
 
     Args:
         input: ``(H)``, ``(N, H)`` or any leading dimensions ``(*, H)``; float16, bfloat16, float32 or
-            float64.
+            float64. Products of float16 run in float32, and so do those of bfloat16 on a CPU that has none:
+            :func:`explain` says which.
         linear_weight: ``(C, H)``, or ``(C, d1, ..., dk, H)`` for ``k`` dimensions of positions, each with a
             loss of its own; the input's dtype.
         target: class indices (int64, int32 or uint8) of shape ``(*, d1, ..., dk)``, or class probabilities
@@ -529,7 +536,7 @@ def linear_cross_entropy(
         linear_bias: ``(C, d1, ..., dk)``.
         weight, reduction, label_smoothing: as in :func:`cross_entropy`.
         ignore_index: a class index whose rows add nothing; ``None`` is -100. On the CPU such rows do not
-            enter the matrix products; a GPU would have to be waited for, and computes them.
+            enter the matrix products. On a GPU they do: how many they are is known only to who waits for it.
         options: torch's ``LinearCrossEntropyOptions``, of which ``batch_chunk_size`` is taken as
             ``chunk_size``; the others have nothing to choose here.
         logit_scale, softcap, z_loss, row_weight, normalizer, empty, out_dtype: as in :func:`cross_entropy`.

@@ -446,6 +446,23 @@ def test_peak_sees_a_temporary(bench):
     assert meter.peak(in_place, [x], 0) < 2**21
 
 
+def test_where_memory_is_limited_it_is_read_in_fresh_processes(bench, make_row, monkeypatch, capfd):
+    run, module = bench("run"), bench("linear_cross_entropy")
+    (case,) = module.QUICK
+    row = make_row(loss="linear_cross_entropy", case=case.name)
+    peak = run.peak_apart(row, "ours")
+    if peak is not None or sys.platform == "linux":  # elsewhere there is no /proc
+        assert abs(peak - 4 * case.elements) < 2**22  # one chunk
+    assert run.peak_apart(row, "nobody") is None
+    assert "nobody has no peak in linear_cross_entropy float32 512x512x8192" in capfd.readouterr().err
+    small = module._case(8, 4, 9, memory=10**6)
+    losses = {run.EAGER: module.EAGER, run.OURS: module.OURS}
+    monkeypatch.setattr(run, "peak_apart", lambda row, name: f"{name} apart")
+    row = make_row(peak_bytes={})
+    run.measure(run.Cpu(), row, small, losses, small.arguments(torch.device("cpu")), 1)
+    assert row.peak_bytes == {"ours": "ours apart", "eager": "eager apart"}
+
+
 def test_a_run_writes_its_results(tmp_path):
     pytest.importorskip("matplotlib")
     options = ["--quick", "--no-compile", "--rounds", "1", "--case", "32x10", "--out", str(tmp_path)]

@@ -101,6 +101,33 @@ def test_graphs(variant: Variant, reduction: str, shape: tuple[int, ...]) -> Non
         assert all(map(torch.equal, captured, expected))
 
 
+@each_reduction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_of_the_linear_head(dtype: torch.dtype, reduction: str) -> None:
+    x, weight = (torch.randn(n, 64, dtype=dtype, requires_grad=True) for n in (300, 1000))
+    target = torch.randint(1000, (300,))
+
+    def function(*leaves: Tensor) -> Tensor:
+        return lossops.linear_cross_entropy(*leaves, target, reduction=reduction, chunk_size=128)
+
+    upstream = torch.ones_like(function(x, weight).detach())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        value_and_gradients(function, (x, weight), upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = value_and_gradients(function, (x, weight), upstream)
+    for ignored in (0, 100):
+        target.random_(1000)[:ignored] = -100
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        for a, e in zip(captured, value_and_gradients(function, (x, weight), upstream), strict=True):
+            torch.testing.assert_close(a, e)
+
+
 def test_a_graph_records_bad_targets() -> None:
     logits, target = torch.randn(40, 9), torch.zeros(40, dtype=torch.long)
     lossops.cross_entropy(logits, target)
