@@ -25,6 +25,7 @@ from ._autograd import (
     may_be_differentiated,
     reduction_code,
 )
+from ._class_indices import class_indices
 from ._distributed import Shard, agree, announce_failure, group_name
 from ._explain import note
 from ._family import (
@@ -43,7 +44,7 @@ from ._linear_ranks import most_probable_of_all, shard_of
 from ._linear_rows import Head, default_chunk, linear_rows, linear_total, product_dtype, wants_total
 from ._rows import NO_WEIGHT_DERIVATIVE, check_class_weight, check_smoothing, weighted_probabilities
 from .cross_entropy import _is_dtensor, cross_entropy_reference
-from .vocab_parallel import class_indices, weight_of
+from .vocab_parallel import weight_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from devices import CPU, EMULATED, on, using
 from ranks import Ranks, assert_none_wrong, forget_agreements, run_examples
 from tolerances import assert_near
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.distributed.tensor import Shard as DShard
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
+import lossops
 from lossops.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from lossops.linear_cross_entropy import linear_cross_entropy_reference
 
@@ -366,6 +368,26 @@ def test_a_target_out_of_range_is_named_among_all_classes(ranks: Ranks) -> None:
     said = {text for compiled in (False, True) for text in ranks(target_out_of_range, compiled)}
     assert said == {
         "linear_cross_entropy: Target 12 is out of bounds: row 4 of the target needs a class index from 0 to "
+        "C-1 for C = 12, the classes of all ranks, or ignore_index (-100)"
+    }
+
+
+def recorded_target_out_of_range() -> str:
+    x, weight, target = torch.randn(7, HIDDEN), torch.randn(3, HIDDEN), torch.arange(7)
+    target[5] = 12
+    with using(EMULATED):
+        options: dict[str, Any] = {"chunk_size": 2, "group": dist.group.WORLD, "reduction": "none"}
+        assert linear_cross_entropy(x, weight, target, **options).isnan().nonzero().tolist() == [[5]]
+        with pytest.raises(IndexError) as error:
+            lossops.check_async_errors()
+        lossops.check_async_errors()
+    return str(error.value)
+
+
+@on(EMULATED)
+def test_cuda_records_a_row_of_the_whole_target(ranks: Ranks, device: str) -> None:
+    assert set(ranks(recorded_target_out_of_range)) == {
+        "linear_cross_entropy: Target 12 is out of bounds: row 5 of the target needs a class index from 0 to "
         "C-1 for C = 12, the classes of all ranks, or ignore_index (-100)"
     }
 

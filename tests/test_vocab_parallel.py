@@ -600,6 +600,74 @@ def test_a_target_out_of_range_is_an_index_error_on_every_rank(
     ranks(check_out_of_range, value, [4, 0, 3, 1], dtype)
 
 
+def check_recorded(value: int, classes: list[int], dtype: torch.dtype) -> None:
+    """Of CUDA: the CPU's words, once somebody asks for them."""
+    mine = torch.randn(3, classes[dist.get_rank()])
+    target = torch.tensor([0, value, 1], dtype=dtype)
+
+    def loss(target: Tensor = target) -> Tensor:
+        return vocab_parallel_cross_entropy(mine, target, ignore_index=1, reduction="none")
+
+    with pytest.raises(IndexError) as on_the_cpu:
+        loss()
+
+    def recorded() -> str:
+        with pytest.raises(IndexError) as error:
+            lossops.check_async_errors()
+        lossops.check_async_errors()  # raised once
+        return str(error.value)
+
+    said = str(on_the_cpu.value)
+    with using(EMULATED):
+        with torch.inference_mode():
+            loss()
+        assert recorded() == said
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            assert function(target).isnan().tolist() == [False, True, False]
+            assert recorded() == said
+        torch.vmap(loss)(torch.stack([torch.zeros_like(target), target]))
+        assert recorded() == said
+        loss()
+        loss(target.flip(0).roll(-1))
+        assert recorded() == said  # the first one
+        lossops.cross_entropy(mine, torch.tensor([99, 0, 0]))
+        assert "C = " + str(classes[dist.get_rank()]) in recorded()  # no shard's
+        assert vocab_parallel_cross_entropy(mine, target, ignore_index=value).isfinite()
+        assert vocab_parallel_cross_entropy(mine[:0], target[:0], reduction="sum") == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(8, torch.int64), (-1, torch.int32), (200, torch.uint8), (-(2**63), torch.int64)]
+)
+@on(EMULATED)
+def test_cuda_records_a_target_out_of_range_among_all_classes(
+    ranks: Ranks, value: int, dtype: torch.dtype, device: str
+) -> None:
+    ranks(check_recorded, value, [4, 0, 3, 1], dtype)
+
+
+def raised_in_the_call() -> list[str]:
+    said = []
+    for backend in (CPU, EMULATED):
+        with using(backend), pytest.raises(IndexError) as error:
+            vocab_parallel_cross_entropy(torch.randn(2, 3, 2), torch.tensor([[0, 1], [2, 9]]))
+        said.append(str(error.value))
+    return said
+
+
+@on(EMULATED)
+def test_synchronous_checks_raise_in_the_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOSSOPS_SYNC_CHECKS is read once a process."""
+    monkeypatch.setenv("LOSSOPS_SYNC_CHECKS", "1")
+    pair = Ranks(2, limit=30)
+    try:
+        for on_the_cpu, emulated in pair(raised_in_the_call):
+            assert emulated == on_the_cpu
+            assert "Target 9 is out of bounds: row (1, 1) " in emulated and "C = 6," in emulated
+    finally:
+        pair.close()
+
+
 def odd_one_out(op: Any, usual: dict[str, Any], odd: dict[str, Any]) -> str:
     """The error of a call in which rank 1 gives something else."""
     given = {**usual, **(odd if dist.get_rank() == 1 else {})}
