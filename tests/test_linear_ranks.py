@@ -477,3 +477,57 @@ def test_a_shard_of_nothing_but_minus_infinity_is_as_unsharded(
     ranks: Ranks, reduction: str, dtype: torch.dtype
 ) -> None:
     assert ranks(check_lost_shard, reduction, dtype) == [()] * 4
+
+
+def check_rows_without_a_finite_logit(reduction: str, weighted: bool, backend: str) -> tuple[()]:
+    """Two positions a row: of one no rank has a finite logit, of the other two ranks have none."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    values, along = (
+        (drawn(5, HIDDEN), drawn(8, 2, HIDDEN), drawn(8, 2)),
+        (drawn(5, HIDDEN), drawn(8, 2, HIDDEN)),
+    )
+    values[2][:, 0] = values[2][2:4, 1] = values[2][6:, 1] = -torch.inf
+    target = torch.tensor([[0, 0], [3, 1], [7, 4], [5, 5], [2, -100]])
+    row_weight = torch.ones(5, 2, dtype=torch.float64)
+    row_weight[:, 0] = 0 if weighted else 1
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+
+    def derivatives(leaves: list[Tensor], along: list[Tensor], **options: Any) -> dict[str, Tensor]:
+        x, weight, bias = leaves
+        options |= {"reduction": reduction, "row_weight": row_weight, "linear_bias": bias, "chunk_size": 2}
+        loss, metrics = linear_cross_entropy_with_metrics(x, weight, target, **options)
+        results = {"loss": loss}
+        for name, value in (("loss", loss), ("entropy", metrics.entropy), ("lse", metrics.lse)):
+            upstream = torch.ones_like(value).requires_grad_()
+            grads = torch.autograd.grad(value, leaves, upstream, create_graph=True)
+            results |= {f"gradient of {name} to {k}": grad for k, grad in enumerate(grads)}
+            for k, direction in enumerate(along):
+                sources, tangent = [x, weight, upstream], (grads[k] * direction).sum()
+                seconds = torch.autograd.grad(tangent, sources, retain_graph=True, materialize_grads=True)
+                results |= {f"second of {name} along {k} to {j}": grad for j, grad in enumerate(seconds)}
+        return results
+
+    def part(t: Tensor) -> Tensor:
+        return t[mine] if t.shape[0] == 8 else t
+
+    parts = [part(t).clone().requires_grad_() for t in values]
+    with using(backend):
+        expected = derivatives([t.clone().requires_grad_() for t in values], list(along))
+        actual = derivatives(parts, [part(t) for t in along], group=dist.group.WORLD)
+    for name, e in expected.items():
+        assert not (weighted and "loss" in name and e.isnan().any()), name
+        e = e if e.dim() == 0 else part(e)
+        assert_near(actual[name].detach(), e.detach(), scale=1000, message=name)
+    return ()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["counted", "weight 0"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@on(CPU, EMULATED)
+def test_rows_without_a_finite_logit_are_as_unsharded(
+    ranks: Ranks, reduction: str, weighted: bool, device: str
+) -> None:
+    assert ranks(check_rows_without_a_finite_logit, reduction, weighted, device) == [()] * 4

@@ -385,18 +385,13 @@ def check_lost_shards(name: str, dtype: torch.dtype, tiles: bool, backend: str) 
             [sharded(x) for x in whole],
             [x.tensor_split(4, 1)[rank] for x in tangents[: len(whole)]],
         )
-    finite = expected["lse"].isfinite()
     for key, value in expected.items():
         if value.shape == whole[0].shape:
             value = value.tensor_split(4, 1)[rank]
         if not value.is_floating_point():
             assert torch.equal(actual[key], value), key
             continue
-        given = actual[key]
-        if "derivative" in key:  # the row without any finite logit has NaN in some places, and in others none
-            rows = finite.unsqueeze(1).expand_as(value) if value.dim() > finite.dim() else finite
-            value, given = value[rows], given[rows]
-        assert_near(given, value.double(), scale=100, message=key)
+        assert_near(actual[key], value.double(), scale=100, message=key)
 
 
 @pytest.mark.parametrize("tiles", [False, True], ids=["rows", "tiles"])
