@@ -618,9 +618,14 @@ def vocab_parallel_cross_entropy(
     loss of all classes, and each the gradient of its own logits. One all-gather forward and no communication
     backward; every rank has to call backward, with the same upstream gradient. For the second derivative
     too, each rank differentiates its own gradients: one all-reduce. Under torch.func and in forward mode all
-    ranks apply the same transforms, and a rank's tangent is its part of one tangent (so that there is no
-    ``jacfwd``). The numbers and methods are those of ``cross_entropy``; the convention is that of
-    `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
+    ranks apply the same transforms, and a rank's tangent is its part of one tangent. The numbers and methods
+    are those of ``cross_entropy``; the convention is that of `Megatron-LM
+    <https://arxiv.org/abs/1909.08053>`_.
+
+    Do not take ``jacfwd`` or ``hessian`` with respect to what is sharded (logits, probabilities): each rank
+    would take directions of its own for one of all classes, and nothing can tell, so that the numbers are
+    wrong without an error. With respect to what all ranks hold alike they are right; so are ``jacrev`` of the
+    loss, and products with vectors (``jvp`` of ``grad``).
 
     >>> logits = hidden @ my_rows_of_the_head.T  # (N, C / ranks)
     >>> lossops.vocab_parallel_cross_entropy(logits, target, group=tensor_parallel).backward()
