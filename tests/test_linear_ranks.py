@@ -279,6 +279,12 @@ def check_transforms(probabilities: bool) -> tuple[()]:
             "vmap of grad": torch.vmap(grad, (0, None, None))(several, *values[1:]),
         }
 
+    def of_hidden(transform: Any, loss: Any, weight: Tensor, bias: Tensor) -> Tensor:
+        return transform(lambda x: loss(x, weight, bias))(x)
+
+    for transform in (torch.func.jacfwd, torch.func.hessian, torch.func.jacrev):  # which all ranks hold alike
+        actual = of_hidden(transform, loss(dist.group.WORLD), *mine((weight, bias)))
+        torch.testing.assert_close(actual, of_hidden(transform, loss(None), weight, bias))
     expected = derivatives(loss(None), values, along)
     actual = derivatives(loss(dist.group.WORLD), mine(values), mine(along))
     torch.testing.assert_close(actual, mine(expected), rtol=1e-9, atol=1e-11)
@@ -432,6 +438,13 @@ def check_dtensor(placement: str) -> tuple[()]:
         torch.testing.assert_close(a.full_tensor(), e)
     _, metrics = linear_cross_entropy_with_metrics(x, given[1], target)
     assert torch.equal(metrics.predicted.full_tensor(), (x @ weight.t()).argmax(1))
+    for k in range(2):
+
+        def function(t: Any, k: int = k) -> Any:
+            return linear_cross_entropy(*[t if j == k else given[j] for j in range(2)], target)
+
+        with pytest.raises(NotImplementedError, match="linear_cross_entropy: expected no DTensor under"):
+            torch.func.grad(function)(given[k])
     with pytest.raises(NotImplementedError, match="linear_weight whose classes"):
         linear_cross_entropy(given[0], distribute_tensor(weight, mesh, [DShard(1)] * mesh.ndim), target)
     return ()

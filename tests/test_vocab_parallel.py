@@ -32,6 +32,8 @@ import lossops
 from lossops._distributed import _talks_of
 from lossops.cross_entropy import cross_entropy_reference
 from lossops.functional import (
+    cross_entropy,
+    cross_entropy_with_metrics,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_metrics,
 )
@@ -909,6 +911,23 @@ def assert_close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+def check_transforms_of_what_is_alike() -> None:
+    """With respect to which there are jacfwd and hessian, too."""
+    logits, target = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 8, 4, 1])
+    mine, scale = logits.tensor_split(4, 1)[dist.get_rank()], torch.tensor(0.7, dtype=torch.float64)
+
+    def loss(function: Any, logits: Tensor) -> Any:
+        return lambda scale: function(logits, target, logit_scale=scale, z_loss=0.1)
+
+    for transform in (torch.func.jacfwd, torch.func.hessian, torch.func.jacrev):
+        actual = transform(loss(vocab_parallel_cross_entropy, mine))(scale)
+        assert_close(actual, transform(loss(cross_entropy, logits))(scale))
+
+
+def test_transforms_of_what_is_alike(ranks: Ranks) -> None:
+    ranks(check_transforms_of_what_is_alike)
+
+
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transforms(ranks: Ranks, name: str) -> None:
     ranks(check_transforms, name)
@@ -1155,6 +1174,43 @@ def check_refused_placements() -> None:
 
 def test_placements_that_are_refused(ranks: Ranks) -> None:
     ranks(check_refused_placements)
+
+
+def check_transformed_dtensors(placement: Any, function: Any, scattered: bool) -> None:
+    """Those that a transform hides, and those that its function holds; torch makes no dual DTensor."""
+    logits, target = torch.randn(4, 8), torch.tensor([0, 7, 2, 1])
+    given, two = distribute_tensor(logits, mesh_of(4), [placement]), torch.tensor(2.0)
+    targets = distribute_tensor(target, mesh_of(4), [R]) if scattered else target
+
+    def loss(x: Any, scale: Any = 1.0) -> Any:
+        result = function(x, targets, logit_scale=scale)
+        return result[0] if isinstance(result, tuple) else result
+
+    calls = (
+        lambda: torch.func.grad(loss)(given),
+        lambda: torch.func.vjp(loss, given),
+        lambda: torch.func.jacrev(loss)(given),
+        lambda: torch.vmap(loss)(given.reshape(1, 4, 8)),
+        lambda: torch.func.grad(torch.func.grad(loss))(given),
+        lambda: torch.func.grad(lambda scale: loss(given, scale))(two),
+        lambda: torch.func.jvp(lambda scale: loss(given, scale), (two,), (two,)),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="cross_entropy: expected no DTensor under"):
+            call()
+    if placement == S(1):  # what the sentence says instead
+        grad = torch.func.grad(lambda x: vocab_parallel_cross_entropy(x, target))(given.to_local())
+        expected = torch.func.grad(lambda x: cross_entropy(x, target))(logits)
+        assert_near(grad, sharded(expected).detach().double())
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["target", "DTensor target"])
+@pytest.mark.parametrize("function", [cross_entropy, cross_entropy_with_metrics])
+@pytest.mark.parametrize("placement", [S(1), S(0), R], ids=str)
+def test_dtensors_under_torch_func_are_refused(
+    ranks: Ranks, placement: Any, function: Any, scattered: bool
+) -> None:
+    ranks(check_transformed_dtensors, placement, function, scattered)
 
 
 def check_dtensor_compile() -> None:
