@@ -546,6 +546,24 @@ def test_in_place(ranks: Ranks) -> None:
     ranks(check_in_place)
 
 
+def check_dtypes_of_the_loss() -> None:
+    """Of 16-bit logits, asked for or under autocast."""
+    logits, target = torch.randn(4, 8).bfloat16(), torch.randint(0, 8, (4,))
+    mine, whole = sharded(logits), logits.clone().requires_grad_()
+    for options in ({"out_dtype": torch.float32}, {"out_dtype": torch.float64}, {}):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not options):
+            loss = vocab_parallel_cross_entropy(mine, target, **options)
+            expected = cross_entropy(whole, target, **options)
+        assert loss.dtype == expected.dtype == options.get("out_dtype", torch.float32)
+        assert_near(loss.detach(), expected.detach(), torch.float32)
+        (grad,), (whole_grad,) = torch.autograd.grad(loss, mine), torch.autograd.grad(expected, whole)
+        assert_near(grad, whole_grad.tensor_split(4, 1)[dist.get_rank()])
+
+
+def test_dtypes_of_the_loss(ranks: Ranks) -> None:
+    ranks(check_dtypes_of_the_loss)
+
+
 def check_weight_gradient() -> None:
     """Of class weights with probabilities: each rank's own, or those of all classes on every rank."""
     logits, target = torch.randn(4, 8, dtype=torch.float64), torch.rand(4, 8, dtype=torch.float64)
@@ -981,32 +999,54 @@ def test_compile(
 # Messages
 
 
-def messages(backward: bool, options: dict[str, Any]) -> list[tuple[str, int]]:
-    """The collectives of one step, and the bytes that this rank gives to each."""
+def messages(
+    options: dict[str, Any], probabilities: bool, metrics: bool
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """The collectives of one step, with the bytes that this rank gives to each, and the kernels."""
     logits = sharded(torch.randn(16, 8))
-    target = torch.randint(0, 8, (16,))
-    vocab_parallel_cross_entropy(logits, target, **options)  # agreed
+    target = torch.rand(16, 2) if probabilities else torch.randint(0, 8, (16,))
+
+    def loss() -> Tensor:
+        if not metrics:
+            return vocab_parallel_cross_entropy(logits, target, **options)
+        loss, rows = vocab_parallel_cross_entropy_with_metrics(logits, target, **options)
+        return loss + rows.entropy.sum()
+
+    loss()  # agreed
     with Collectives() as collectives:
-        loss = vocab_parallel_cross_entropy(logits, target, **options)
-        if backward:
-            loss.backward()
-    return collectives.seen
+        loss().backward()
+    return collectives.seen, collectives.kernels
 
 
 @pytest.mark.parametrize(
-    ("options", "planes"),
-    [({}, 3), ({"label_smoothing": 0.1, "z_loss": 0.1}, 4), ({"weight": torch.rand(8)}, 4)],
-    ids=["plain", "smoothing", "weight"],
+    ("options", "probabilities", "metrics", "numbers"),
+    [
+        ({}, False, False, 3),
+        ({"label_smoothing": 0.1, "z_loss": 0.1}, False, False, 4),
+        ({"weight": torch.rand(8)}, False, False, 4),
+        ({"softcap": 3.0}, True, False, 4),
+        ({}, False, True, 7),
+        ({"z_loss": 0.1}, True, True, 11),
+    ],
+    ids=["plain", "smoothing", "weight", "probabilities", "metrics", "metrics of probabilities"],
 )
-def test_one_collective_forward_and_none_backward(ranks: Ranks, options: dict[str, Any], planes: int) -> None:
-    for seen in ranks(messages, True, options):
+def test_one_collective_forward_and_none_backward(
+    ranks: Ranks, options: dict[str, Any], probabilities: bool, metrics: bool, numbers: int
+) -> None:
+    """`numbers` a row, beside the same kernels as the unsharded loss's."""
+    for seen, kernels in ranks(messages, options, probabilities, metrics):
         ((name, size),) = seen
         assert name == "all_gather_into_tensor"
-        assert size == 4 * (16 * planes + len(_NUMBERS))
+        assert size == 4 * (16 * numbers + len(_NUMBERS))
+        assert [k for k in kernels if k != "class_indices"] == [
+            "cross_entropy_rows_forward",
+            "cross_entropy_rows_backward",
+        ]
 
 
 def test_a_learnable_scale_is_one_number_more(ranks: Ranks) -> None:
-    for seen in ranks(messages, True, {"logit_scale": torch.tensor(1.0, requires_grad=True)}):
+    options = {"logit_scale": torch.tensor(1.0, requires_grad=True)}
+    for seen, _ in ranks(messages, options, False, False):
         assert [name for name, _ in seen] == ["all_gather_into_tensor", "all_reduce"]
         assert seen[1][1] == 4
 
@@ -1257,6 +1297,33 @@ def test_parallelize_module(ranks: Ranks) -> None:
     ranks(check_parallelized_module)
 
 
+def check_parallelized_and_fully_sharded_module() -> None:
+    """Classes over one dimension of the mesh, rows and parameters (FSDP2) over the other."""
+    mesh, rows = mesh_of(2, 2), [5, 2]
+    inputs, targets = torch.randn(7, 6).split(rows), torch.randint(0, 10, (7,)).split(rows)
+    single, model = head(), head()
+    styles = {"2": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
+    parallelize_module(model, mesh["classes"], styles)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh["data"])
+    mine, data = mesh["data"].get_local_rank(), mesh["data"].get_group()
+    normalizer = lossops.global_normalizer(targets[mine], data)
+    loss = cross_entropy(model(inputs[mine]), targets[mine], label_smoothing=0.1, normalizer=normalizer)
+    expected = cross_entropy(single(torch.cat(inputs)), torch.cat(targets), label_smoothing=0.1)
+    loss.backward()
+    expected.backward()
+    total = loss.full_tensor().detach()
+    dist.all_reduce(total, group=data)
+    assert_near(total / 2, expected.detach().double())
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor()
+        assert_near(grad, single.get_parameter(name).grad.double(), scale=10, message=name)
+
+
+def test_parallelize_module_and_fully_shard(ranks: Ranks) -> None:
+    ranks(check_parallelized_and_fully_sharded_module)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data parallelism and gradient accumulation
 
@@ -1310,6 +1377,22 @@ def check_global_normalizer(kind: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_global_normalizer_makes_one_batch_of_many(ranks: Ranks, kind: str, options: dict[str, Any]) -> None:
     ranks(check_global_normalizer, kind, options)
+
+
+def check_compiled_normalizer() -> None:
+    rank = dist.get_rank()
+    logits, target = torch.randn(rank + 2, 5), torch.randint(0, 5, (rank + 2,))
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(logits, target, normalizer=lossops.global_normalizer(target))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_near(compiled(logits, target), loss(logits, target).double())
+
+
+def test_compiled_global_normalizer(ranks: Ranks) -> None:
+    ranks(check_compiled_normalizer)
 
 
 def check_normalizer_of_groups() -> None:
