@@ -20,6 +20,8 @@ _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 _autocasts = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_dead_wrapper = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped = torch._C._functorch.get_unwrapped
 
 # torch.autograd.grad(is_grads_batched=True) batches without a functorch transform.
 is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
@@ -133,12 +135,33 @@ def check_devices(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
             raise RuntimeError(f"{op}: expected {name} on {reference.device}, got {tensor.device}")
 
 
+def is_dtensor(x: Any) -> bool:
+    """Slow to import: not to be asked of a plain Tensor."""
+    if type(x) is torch.nn.Parameter or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def transformed_dtensor(op: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{op}: expected no DTensor under torch.func and forward-mode AD; transform a function of its local "
+        "part, x.to_local(), with a loss that takes a group (vocab_parallel_cross_entropy, "
+        "linear_cross_entropy)"
+    )
+
+
 def explain_bad_input(op: str, **tensors: Any) -> None:
     """Raises the TypeError or NotImplementedError that torch raises for what no kernel takes."""
     given = {name: t for name, t in tensors.items() if t is not None or name not in ("weight", "mask")}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}")
+        while _is_wrapped(tensor):
+            tensor = _unwrapped(tensor)
+        if _transforms_active() and type(tensor) is not Tensor and is_dtensor(tensor):
+            raise transformed_dtensor(op)
     for name, tensor in given.items():
         if tensor.layout is not torch.strided:
             raise NotImplementedError(

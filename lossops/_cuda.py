@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from . import _C
+from ._class_indices import recorded
 
 
 class CudaBuildInfo(NamedTuple):
@@ -37,4 +38,8 @@ def check_async_errors() -> None:
     With ``LOSSOPS_SYNC_CHECKS=1`` in the environment when the first such call is made, every call waits and
     raises by itself, except while a graph is being captured.
     """
-    torch.ops.lossops.check_async_errors()
+    try:
+        torch.ops.lossops.check_async_errors()
+    except IndexError as error:
+        # Of a sharded vocabulary the kernels have seen one rank's classes, and a chunk's rows.
+        raise recorded() or error from None

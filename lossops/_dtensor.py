@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ._autograd import MEAN, NONE, autocast_dtype, reduction_code
+from ._autograd import MEAN, NONE, autocast_dtype, is_transformed, reduction_code, transformed_dtensor
 from ._distributed import all_reduce, replicated, summed, target_weight_sum
 from ._explain import note
 from ._family import CrossEntropyMetrics, checked_dtype, loss_dtype
@@ -97,6 +97,8 @@ def loss_of_dtensor(
     op: str, input: DTensor, target: Tensor, given: Arguments, metrics: bool = False
 ) -> tuple[DTensor, CrossEntropyMetrics | None]:
     """The loss of the whole tensors, replicated; unreduced, as the metrics, it lies as the rows do."""
+    if is_transformed():
+        raise transformed_dtensor(op)
     layout = _Layout(op, input)
     code = reduction_code(given.reduction, None, None)
     weight = layout.shared(given.weight)
@@ -154,6 +156,8 @@ def linear_loss_of_dtensor(
     from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_metrics
 
     op = "linear_cross_entropy"
+    if is_transformed():
+        raise transformed_dtensor(op)
     if not isinstance(linear_weight, DTensor):
         raise NotImplementedError(f"{op}: expected linear_weight to be a DTensor where input is one")
     mesh = linear_weight.device_mesh

@@ -191,8 +191,8 @@ def upstream(rows: Tensor, grad: Tensor, z_loss: float = 0.0) -> Tensor:
     return torch.stack(grads)
 
 
-def without_unused(rows: Tensor, family: Family, nothing: Tensor | None = None) -> Tensor:
-    """The planes, with zeros where an infinite or NaN loss is going to be multiplied by 0.
+def unused_rows(rows: Tensor, family: Family, nothing: Tensor | None = None) -> Tensor | None:
+    """Where an infinite or NaN loss is going to be multiplied by 0; None where nothing is.
 
     `nothing`: whether the divisor of the mean is 0 and stands for an empty batch.
     """
@@ -200,10 +200,13 @@ def without_unused(rows: Tensor, family: Family, nothing: Tensor | None = None) 
     if family.row_weight is not None:
         weightless = family.row_weight.reshape(rows.shape[1:]) == 0
         unused = weightless if unused is None else unused | weightless
-    if unused is None:
-        return rows
-    # 0 times an infinity is NaN, in the loss and once more in the gradients of the planes.
-    return rows.masked_fill(unused & ~row_losses(rows.detach(), family.z_loss).isfinite(), 0)
+    return None if unused is None else unused & ~row_losses(rows.detach(), family.z_loss).isfinite()
+
+
+def without_unused(rows: Tensor, family: Family, nothing: Tensor | None = None) -> Tensor:
+    """The planes, with zeros there: 0 times an infinity is NaN, in the loss and again in the gradients."""
+    unused = unused_rows(rows, family, nothing)
+    return rows if unused is None else rows.masked_fill(unused, 0)
 
 
 def weighted_losses(rows: Tensor, family: Family, nothing: Tensor | None = None) -> Tensor:

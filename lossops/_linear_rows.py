@@ -26,7 +26,7 @@ from . import _rows
 from ._autograd import accumulation, differentiates_backward, is_batched, is_transformed, ordered_sum
 from ._distributed import replicated
 from ._explain import note
-from ._family import Family, row_losses, upstream, weighted_losses, without_unused
+from ._family import Family, row_losses, unused_rows, upstream, weighted_losses, without_unused
 from ._linear_ranks import Ranks, chunk_of_all
 from ._rows import row_functions, transform_reference, with_values
 
@@ -561,7 +561,11 @@ def _upstream_of_total(
     g = g.reshape(planes.shape[1:])
     if factor is not None:
         g = g * factor.to(planes.dtype)
-    return upstream(without_unused(planes, Family(z_loss=z_loss, row_weight=row_weight)), g, z_loss)
+    unused = unused_rows(planes, Family(z_loss=z_loss, row_weight=row_weight))
+    if unused is None:
+        return upstream(planes, g, z_loss)
+    # Once more: what comes back along a row's 0 may be NaN.
+    return upstream(planes.masked_fill(unused, 0), g, z_loss).masked_fill(unused, 0)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -34,6 +34,7 @@ from ._autograd import (
     differentiates_backward,
     divide,
     explain_bad_input,
+    is_dtensor,
     is_transformed,
     may_be_differentiated,
     reduction_code,
@@ -352,14 +353,6 @@ def _with_options(
 # DTensors. Their module imports this one, and is slow to import: where a plain tensor is given it is not.
 
 
-def _is_dtensor(input: Any) -> bool:
-    if type(input) is torch.nn.Parameter or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(input, DTensor)
-
-
 def _loss_of_dtensor(input: Any, target: Tensor, *given: Any, metrics: bool = False) -> Any:
     from ._dtensor import loss_of_dtensor
     from .vocab_parallel import Arguments
@@ -449,7 +442,7 @@ def cross_entropy(
         NotImplementedError: integer, complex, sparse or other input that no kernel takes.
         TypeError: not a tensor, or an option of a wrong type.
     """
-    if type(input) is not Tensor and _is_dtensor(input):
+    if type(input) is not Tensor and is_dtensor(input):
         if size_average is not None or reduce is not None:
             reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
         family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
@@ -545,7 +538,7 @@ def cross_entropy_with_metrics(
     """
     code = reduction_code(reduction, None, None)
     family = Family(logit_scale, softcap, z_loss, row_weight, normalizer, empty)
-    if type(input) is not Tensor and _is_dtensor(input):
+    if type(input) is not Tensor and is_dtensor(input):
         given = weight, ignore_index, reduction, label_smoothing, out_dtype, inplace_backward, family
         return _loss_of_dtensor(input, target, *given, metrics=True)
     try:

@@ -23,9 +23,11 @@ from ._autograd import (
     check_devices,
     explain_bad_input,
     is_compiled_under_vmap,
+    is_dtensor,
     may_be_differentiated,
     reduction_code,
 )
+from ._class_indices import class_indices
 from ._distributed import Shard, agree, announce_failure, group_name
 from ._explain import note
 from ._family import (
@@ -43,8 +45,8 @@ from ._family import (
 from ._linear_ranks import most_probable_of_all, shard_of
 from ._linear_rows import Head, default_chunk, linear_rows, linear_total, product_dtype, wants_total
 from ._rows import NO_WEIGHT_DERIVATIVE, check_class_weight, check_smoothing, weighted_probabilities
-from .cross_entropy import _is_dtensor, cross_entropy_reference
-from .vocab_parallel import class_indices, weight_of
+from .cross_entropy import cross_entropy_reference
+from .vocab_parallel import weight_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -555,7 +557,8 @@ def linear_cross_entropy(
             ``input``, index targets and everything else are the same on every rank, and so are their
             gradients, the sums of all ranks'. One all-gather a chunk (and one more where the backward
             computes the logits again), one all-reduce for the input's gradient. Under torch.func and in
-            forward mode a rank's tangents are its part of one. Not with ``gradient_filter``.
+            forward mode a rank's tangents are its part of one: no ``jacfwd`` and no ``hessian`` with respect
+            to what is sharded, as :func:`vocab_parallel_cross_entropy` has it. Not with ``gradient_filter``.
         vocab_start, vocab_size: as in :func:`vocab_parallel_cross_entropy`, with ``group``.
         lora: ``(A, B, scaling)`` with ``A`` of shape ``(r, H)`` and ``B`` of shape ``(C, r)``: the weight is
             ``linear_weight + scaling * B @ A``, which is never built (`LoRA
@@ -669,7 +672,7 @@ def _loss(
     """
     given = dict(given)
     ranks = tuple(given.pop(name) for name in ("group", "vocab_start", "vocab_size"))
-    if any(type(x) is not Tensor and _is_dtensor(x) for x in (input, linear_weight)):
+    if any(type(x) is not Tensor and is_dtensor(x) for x in (input, linear_weight)):
         from ._dtensor import linear_loss_of_dtensor  # slow to import
 
         return linear_loss_of_dtensor(input, linear_weight, target, given, metrics)

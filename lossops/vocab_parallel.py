@@ -35,6 +35,7 @@ from ._autograd import (
     reduction_code,
     unsupported_dtype,
 )
+from ._class_indices import class_indices
 from ._distributed import (
     Shard,
     agree,
@@ -262,33 +263,6 @@ class LocalTarget(NamedTuple):
     """Of TARGET_SUM and DOT, for probabilities."""
 
 
-_library = torch.library.Library("lossops", "FRAGMENT")
-_library.define("class_indices(Tensor target, str op, SymInt ignore_index, SymInt classes) -> Tensor")
-
-
-def _class_indices(target: Tensor, op: str, ignore_index: int, classes: int) -> Tensor:
-    target = target.to(torch.int64, copy=True)
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if target.device.type != "cpu" or not bad.any():
-        return target
-    row = bad.nonzero()[0].tolist()
-    place = row[0] if len(row) == 1 else tuple(row)
-    raise IndexError(
-        f"{op}: Target {target[bad][0].item()} is out of bounds: row {place} of the target needs a class "
-        f"index from 0 to C-1 for C = {classes}, the classes of all ranks, or ignore_index ({ignore_index})"
-    )
-
-
-_library.impl("class_indices", _class_indices, "CompositeExplicitAutograd")
-torch.library.register_fake("lossops::class_indices")(
-    lambda target, *_: torch.empty_like(target, dtype=torch.int64)
-)
-
-class_indices = torch.ops.lossops.class_indices.default
-"""The target as int64, once the CPU has found it among all ranks' classes, of which the kernels know some.
-An op, for torch.compile; a GPU would have to be waited for."""
-
-
 def local_target(shard: Shard, target: Tensor, ignore_index: int, label_smoothing: float) -> LocalTarget:
     spread = label_smoothing * shard.classes / max(shard.total, 1)
     if target.is_floating_point():
@@ -300,7 +274,8 @@ def local_target(shard: Shard, target: Tensor, ignore_index: int, label_smoothin
     elsewhere = 0 if shard.classes else _IGNORED
     # What is out of range here and everywhere stays so, for the op to find.
     known = (target >= 0) & (target < shard.total)
-    index = index.where(owned, target.masked_fill(known, elsewhere)).masked_fill(~counted, _IGNORED)
+    index = index.where(owned, target.clamp(min=-1).masked_fill(known, elsewhere))
+    index = index.masked_fill(~counted, _IGNORED)
     return LocalTarget(index, _IGNORED, 1.0 if label_smoothing else 0.0, owned, counted)
 
 
@@ -643,9 +618,14 @@ def vocab_parallel_cross_entropy(
     loss of all classes, and each the gradient of its own logits. One all-gather forward and no communication
     backward; every rank has to call backward, with the same upstream gradient. For the second derivative
     too, each rank differentiates its own gradients: one all-reduce. Under torch.func and in forward mode all
-    ranks apply the same transforms, and a rank's tangent is its part of one tangent (so that there is no
-    ``jacfwd``). The numbers and methods are those of ``cross_entropy``; the convention is that of
-    `Megatron-LM <https://arxiv.org/abs/1909.08053>`_.
+    ranks apply the same transforms, and a rank's tangent is its part of one tangent. The numbers and methods
+    are those of ``cross_entropy``; the convention is that of `Megatron-LM
+    <https://arxiv.org/abs/1909.08053>`_.
+
+    Do not take ``jacfwd`` or ``hessian`` with respect to what is sharded (logits, probabilities): each rank
+    would take directions of its own for one of all classes, and nothing can tell, so that the numbers are
+    wrong without an error. With respect to what all ranks hold alike they are right; so are ``jacrev`` of the
+    loss, and products with vectors (``jvp`` of ``grad``).
 
     >>> logits = hidden @ my_rows_of_the_head.T  # (N, C / ranks)
     >>> lossops.vocab_parallel_cross_entropy(logits, target, group=tensor_parallel).backward()
@@ -673,7 +653,7 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         IndexError: a class index outside [0, C) for the classes of all ranks; on every rank. On a GPU, as of
-            ``cross_entropy``, by ``check_async_errors``, which names this rank's number of classes.
+            ``cross_entropy``, by ``check_async_errors``.
         RuntimeError, ValueError: ranks that call this with other shapes, dtypes or options, or whose shards
             do not follow each other, on all of them; torch.distributed that is not initialized. The first
             call of each configuration compares them through the process group's store, every call by a few

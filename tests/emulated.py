@@ -14,7 +14,7 @@ import torch
 from cuda_emulator.build import CACHE, build_library, missing
 from cuda_emulator.control import ASCENDING, ORDERS, Emulator
 
-from lossops import _C, _ahead, _small
+from lossops import _C, _ahead, _class_indices, _small
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = "lossops_emulated"
@@ -95,6 +95,7 @@ def emulation(flavour: str = "plain") -> Iterator[None]:
                 if namespace == OPS:
                     emulated = getattr(getattr(torch.ops, OPS), op).default
                     overrides.impl(op, emulated, key, allow_override=True)
+        overrides.impl("class_indices", _class_indices.record, "CPU", allow_override=True)
     try:
         with traced(library):
             yield

@@ -140,11 +140,12 @@ def assert_none_wrong(results: list[list[str]]) -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """Notes the functional collectives that run within: name, and bytes that this process gives."""
+    """Notes what runs within: functional collectives, with the bytes that this process gives, and kernels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, int]] = []
+        self.kernels: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
@@ -152,4 +153,6 @@ class Collectives(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         if func.namespace == "_c10d_functional" and name.startswith(("all_", "reduce_", "broadcast")):
             self.seen.append((name, args[0].nbytes))
+        if func.namespace == "lossops":
+            self.kernels.append(name)
         return func(*args, **(kwargs or {}))

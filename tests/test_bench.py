@@ -550,3 +550,18 @@ def test_cuda_without_a_gpu(bench, monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
     with pytest.raises(SystemExit, match="no CUDA kernels for cross_entropy"):
         run.choose_meter(arguments)
+
+
+def test_messages_of_a_sharded_vocabulary():
+    options = ["--ranks", "2", "--rows", "64", "--features", "4", "--classes", "16", "--rounds", "1"]
+    command = [sys.executable, str(BENCH / "vocab_parallel.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[3:]]
+    assert [row[:3] for row in rows] == [
+        ["2", "lossops", "1 all_gather_into_tensor"],
+        ["2", "loss_parallel", "3 all_reduce"],
+        ["2", "linear head", "1 all_gather_into_tensor, 1 all_reduce"],
+    ]
+    # Three numbers a row and seven a message; three numbers a row, twice; and the gradient of 4 features.
+    assert [row[3] for row in rows] == ["12.4", "12.0", "28.4"]

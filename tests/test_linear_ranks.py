@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from devices import CPU, EMULATED, on, using
 from ranks import Ranks, assert_none_wrong, forget_agreements, run_examples
 from tolerances import assert_near
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.distributed.tensor import Shard as DShard
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
+import lossops
 from lossops.functional import linear_cross_entropy, linear_cross_entropy_with_metrics
 from lossops.linear_cross_entropy import linear_cross_entropy_reference
 
@@ -277,6 +279,12 @@ def check_transforms(probabilities: bool) -> tuple[()]:
             "vmap of grad": torch.vmap(grad, (0, None, None))(several, *values[1:]),
         }
 
+    def of_hidden(transform: Any, loss: Any, weight: Tensor, bias: Tensor) -> Tensor:
+        return transform(lambda x: loss(x, weight, bias))(x)
+
+    for transform in (torch.func.jacfwd, torch.func.hessian, torch.func.jacrev):  # which all ranks hold alike
+        actual = of_hidden(transform, loss(dist.group.WORLD), *mine((weight, bias)))
+        torch.testing.assert_close(actual, of_hidden(transform, loss(None), weight, bias))
     expected = derivatives(loss(None), values, along)
     actual = derivatives(loss(dist.group.WORLD), mine(values), mine(along))
     torch.testing.assert_close(actual, mine(expected), rtol=1e-9, atol=1e-11)
@@ -370,6 +378,26 @@ def test_a_target_out_of_range_is_named_among_all_classes(ranks: Ranks) -> None:
     }
 
 
+def recorded_target_out_of_range() -> str:
+    x, weight, target = torch.randn(7, HIDDEN), torch.randn(3, HIDDEN), torch.arange(7)
+    target[5] = 12
+    with using(EMULATED):
+        options: dict[str, Any] = {"chunk_size": 2, "group": dist.group.WORLD, "reduction": "none"}
+        assert linear_cross_entropy(x, weight, target, **options).isnan().nonzero().tolist() == [[5]]
+        with pytest.raises(IndexError) as error:
+            lossops.check_async_errors()
+        lossops.check_async_errors()
+    return str(error.value)
+
+
+@on(EMULATED)
+def test_cuda_records_a_row_of_the_whole_target(ranks: Ranks, device: str) -> None:
+    assert set(ranks(recorded_target_out_of_range)) == {
+        "linear_cross_entropy: Target 12 is out of bounds: row 5 of the target needs a class index from 0 to "
+        "C-1 for C = 12, the classes of all ranks, or ignore_index (-100)"
+    }
+
+
 @pytest.mark.parametrize(
     ("which", "text"),
     [
@@ -410,6 +438,13 @@ def check_dtensor(placement: str) -> tuple[()]:
         torch.testing.assert_close(a.full_tensor(), e)
     _, metrics = linear_cross_entropy_with_metrics(x, given[1], target)
     assert torch.equal(metrics.predicted.full_tensor(), (x @ weight.t()).argmax(1))
+    for k in range(2):
+
+        def function(t: Any, k: int = k) -> Any:
+            return linear_cross_entropy(*[t if j == k else given[j] for j in range(2)], target)
+
+        with pytest.raises(NotImplementedError, match="linear_cross_entropy: expected no DTensor under"):
+            torch.func.grad(function)(given[k])
     with pytest.raises(NotImplementedError, match="linear_weight whose classes"):
         linear_cross_entropy(given[0], distribute_tensor(weight, mesh, [DShard(1)] * mesh.ndim), target)
     return ()
@@ -455,3 +490,57 @@ def test_a_shard_of_nothing_but_minus_infinity_is_as_unsharded(
     ranks: Ranks, reduction: str, dtype: torch.dtype
 ) -> None:
     assert ranks(check_lost_shard, reduction, dtype) == [()] * 4
+
+
+def check_rows_without_a_finite_logit(reduction: str, weighted: bool, backend: str) -> tuple[()]:
+    """Two positions a row: of one no rank has a finite logit, of the other two ranks have none."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    values, along = (
+        (drawn(5, HIDDEN), drawn(8, 2, HIDDEN), drawn(8, 2)),
+        (drawn(5, HIDDEN), drawn(8, 2, HIDDEN)),
+    )
+    values[2][:, 0] = values[2][2:4, 1] = values[2][6:, 1] = -torch.inf
+    target = torch.tensor([[0, 0], [3, 1], [7, 4], [5, 5], [2, -100]])
+    row_weight = torch.ones(5, 2, dtype=torch.float64)
+    row_weight[:, 0] = 0 if weighted else 1
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+
+    def derivatives(leaves: list[Tensor], along: list[Tensor], **options: Any) -> dict[str, Tensor]:
+        x, weight, bias = leaves
+        options |= {"reduction": reduction, "row_weight": row_weight, "linear_bias": bias, "chunk_size": 2}
+        loss, metrics = linear_cross_entropy_with_metrics(x, weight, target, **options)
+        results = {"loss": loss}
+        for name, value in (("loss", loss), ("entropy", metrics.entropy), ("lse", metrics.lse)):
+            upstream = torch.ones_like(value).requires_grad_()
+            grads = torch.autograd.grad(value, leaves, upstream, create_graph=True)
+            results |= {f"gradient of {name} to {k}": grad for k, grad in enumerate(grads)}
+            for k, direction in enumerate(along):
+                sources, tangent = [x, weight, upstream], (grads[k] * direction).sum()
+                seconds = torch.autograd.grad(tangent, sources, retain_graph=True, materialize_grads=True)
+                results |= {f"second of {name} along {k} to {j}": grad for j, grad in enumerate(seconds)}
+        return results
+
+    def part(t: Tensor) -> Tensor:
+        return t[mine] if t.shape[0] == 8 else t
+
+    parts = [part(t).clone().requires_grad_() for t in values]
+    with using(backend):
+        expected = derivatives([t.clone().requires_grad_() for t in values], list(along))
+        actual = derivatives(parts, [part(t) for t in along], group=dist.group.WORLD)
+    for name, e in expected.items():
+        assert not (weighted and "loss" in name and e.isnan().any()), name
+        e = e if e.dim() == 0 else part(e)
+        assert_near(actual[name].detach(), e.detach(), scale=1000, message=name)
+    return ()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["counted", "weight 0"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@on(CPU, EMULATED)
+def test_rows_without_a_finite_logit_are_as_unsharded(
+    ranks: Ranks, reduction: str, weighted: bool, device: str
+) -> None:
+    assert ranks(check_rows_without_a_finite_logit, reduction, weighted, device) == [()] * 4

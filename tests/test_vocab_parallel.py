@@ -32,6 +32,8 @@ import lossops
 from lossops._distributed import _talks_of
 from lossops.cross_entropy import cross_entropy_reference
 from lossops.functional import (
+    cross_entropy,
+    cross_entropy_with_metrics,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_metrics,
 )
@@ -385,18 +387,13 @@ def check_lost_shards(name: str, dtype: torch.dtype, tiles: bool, backend: str) 
             [sharded(x) for x in whole],
             [x.tensor_split(4, 1)[rank] for x in tangents[: len(whole)]],
         )
-    finite = expected["lse"].isfinite()
     for key, value in expected.items():
         if value.shape == whole[0].shape:
             value = value.tensor_split(4, 1)[rank]
         if not value.is_floating_point():
             assert torch.equal(actual[key], value), key
             continue
-        given = actual[key]
-        if "derivative" in key:  # the row without any finite logit has NaN in some places, and in others none
-            rows = finite.unsqueeze(1).expand_as(value) if value.dim() > finite.dim() else finite
-            value, given = value[rows], given[rows]
-        assert_near(given, value.double(), scale=100, message=key)
+        assert_near(actual[key], value.double(), scale=100, message=key)
 
 
 @pytest.mark.parametrize("tiles", [False, True], ids=["rows", "tiles"])
@@ -549,6 +546,24 @@ def test_in_place(ranks: Ranks) -> None:
     ranks(check_in_place)
 
 
+def check_dtypes_of_the_loss() -> None:
+    """Of 16-bit logits, asked for or under autocast."""
+    logits, target = torch.randn(4, 8).bfloat16(), torch.randint(0, 8, (4,))
+    mine, whole = sharded(logits), logits.clone().requires_grad_()
+    for options in ({"out_dtype": torch.float32}, {"out_dtype": torch.float64}, {}):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not options):
+            loss = vocab_parallel_cross_entropy(mine, target, **options)
+            expected = cross_entropy(whole, target, **options)
+        assert loss.dtype == expected.dtype == options.get("out_dtype", torch.float32)
+        assert_near(loss.detach(), expected.detach(), torch.float32)
+        (grad,), (whole_grad,) = torch.autograd.grad(loss, mine), torch.autograd.grad(expected, whole)
+        assert_near(grad, whole_grad.tensor_split(4, 1)[dist.get_rank()])
+
+
+def test_dtypes_of_the_loss(ranks: Ranks) -> None:
+    ranks(check_dtypes_of_the_loss)
+
+
 def check_weight_gradient() -> None:
     """Of class weights with probabilities: each rank's own, or those of all classes on every rank."""
     logits, target = torch.randn(4, 8, dtype=torch.float64), torch.rand(4, 8, dtype=torch.float64)
@@ -598,6 +613,74 @@ def test_a_target_out_of_range_is_an_index_error_on_every_rank(
     ranks: Ranks, value: int, dtype: torch.dtype
 ) -> None:
     ranks(check_out_of_range, value, [4, 0, 3, 1], dtype)
+
+
+def check_recorded(value: int, classes: list[int], dtype: torch.dtype) -> None:
+    """Of CUDA: the CPU's words, once somebody asks for them."""
+    mine = torch.randn(3, classes[dist.get_rank()])
+    target = torch.tensor([0, value, 1], dtype=dtype)
+
+    def loss(target: Tensor = target) -> Tensor:
+        return vocab_parallel_cross_entropy(mine, target, ignore_index=1, reduction="none")
+
+    with pytest.raises(IndexError) as on_the_cpu:
+        loss()
+
+    def recorded() -> str:
+        with pytest.raises(IndexError) as error:
+            lossops.check_async_errors()
+        lossops.check_async_errors()  # raised once
+        return str(error.value)
+
+    said = str(on_the_cpu.value)
+    with using(EMULATED):
+        with torch.inference_mode():
+            loss()
+        assert recorded() == said
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            assert function(target).isnan().tolist() == [False, True, False]
+            assert recorded() == said
+        torch.vmap(loss)(torch.stack([torch.zeros_like(target), target]))
+        assert recorded() == said
+        loss()
+        loss(target.flip(0).roll(-1))
+        assert recorded() == said  # the first one
+        lossops.cross_entropy(mine, torch.tensor([99, 0, 0]))
+        assert "C = " + str(classes[dist.get_rank()]) in recorded()  # no shard's
+        assert vocab_parallel_cross_entropy(mine, target, ignore_index=value).isfinite()
+        assert vocab_parallel_cross_entropy(mine[:0], target[:0], reduction="sum") == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(8, torch.int64), (-1, torch.int32), (200, torch.uint8), (-(2**63), torch.int64)]
+)
+@on(EMULATED)
+def test_cuda_records_a_target_out_of_range_among_all_classes(
+    ranks: Ranks, value: int, dtype: torch.dtype, device: str
+) -> None:
+    ranks(check_recorded, value, [4, 0, 3, 1], dtype)
+
+
+def raised_in_the_call() -> list[str]:
+    said = []
+    for backend in (CPU, EMULATED):
+        with using(backend), pytest.raises(IndexError) as error:
+            vocab_parallel_cross_entropy(torch.randn(2, 3, 2), torch.tensor([[0, 1], [2, 9]]))
+        said.append(str(error.value))
+    return said
+
+
+@on(EMULATED)
+def test_synchronous_checks_raise_in_the_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOSSOPS_SYNC_CHECKS is read once a process."""
+    monkeypatch.setenv("LOSSOPS_SYNC_CHECKS", "1")
+    pair = Ranks(2, limit=30)
+    try:
+        for on_the_cpu, emulated in pair(raised_in_the_call):
+            assert emulated == on_the_cpu
+            assert "Target 9 is out of bounds: row (1, 1) " in emulated and "C = 6," in emulated
+    finally:
+        pair.close()
 
 
 def odd_one_out(op: Any, usual: dict[str, Any], odd: dict[str, Any]) -> str:
@@ -846,6 +929,23 @@ def assert_close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+def check_transforms_of_what_is_alike() -> None:
+    """With respect to which there are jacfwd and hessian, too."""
+    logits, target = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 8, 4, 1])
+    mine, scale = logits.tensor_split(4, 1)[dist.get_rank()], torch.tensor(0.7, dtype=torch.float64)
+
+    def loss(function: Any, logits: Tensor) -> Any:
+        return lambda scale: function(logits, target, logit_scale=scale, z_loss=0.1)
+
+    for transform in (torch.func.jacfwd, torch.func.hessian, torch.func.jacrev):
+        actual = transform(loss(vocab_parallel_cross_entropy, mine))(scale)
+        assert_close(actual, transform(loss(cross_entropy, logits))(scale))
+
+
+def test_transforms_of_what_is_alike(ranks: Ranks) -> None:
+    ranks(check_transforms_of_what_is_alike)
+
+
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transforms(ranks: Ranks, name: str) -> None:
     ranks(check_transforms, name)
@@ -899,32 +999,54 @@ def test_compile(
 # Messages
 
 
-def messages(backward: bool, options: dict[str, Any]) -> list[tuple[str, int]]:
-    """The collectives of one step, and the bytes that this rank gives to each."""
+def messages(
+    options: dict[str, Any], probabilities: bool, metrics: bool
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """The collectives of one step, with the bytes that this rank gives to each, and the kernels."""
     logits = sharded(torch.randn(16, 8))
-    target = torch.randint(0, 8, (16,))
-    vocab_parallel_cross_entropy(logits, target, **options)  # agreed
+    target = torch.rand(16, 2) if probabilities else torch.randint(0, 8, (16,))
+
+    def loss() -> Tensor:
+        if not metrics:
+            return vocab_parallel_cross_entropy(logits, target, **options)
+        loss, rows = vocab_parallel_cross_entropy_with_metrics(logits, target, **options)
+        return loss + rows.entropy.sum()
+
+    loss()  # agreed
     with Collectives() as collectives:
-        loss = vocab_parallel_cross_entropy(logits, target, **options)
-        if backward:
-            loss.backward()
-    return collectives.seen
+        loss().backward()
+    return collectives.seen, collectives.kernels
 
 
 @pytest.mark.parametrize(
-    ("options", "planes"),
-    [({}, 3), ({"label_smoothing": 0.1, "z_loss": 0.1}, 4), ({"weight": torch.rand(8)}, 4)],
-    ids=["plain", "smoothing", "weight"],
+    ("options", "probabilities", "metrics", "numbers"),
+    [
+        ({}, False, False, 3),
+        ({"label_smoothing": 0.1, "z_loss": 0.1}, False, False, 4),
+        ({"weight": torch.rand(8)}, False, False, 4),
+        ({"softcap": 3.0}, True, False, 4),
+        ({}, False, True, 7),
+        ({"z_loss": 0.1}, True, True, 11),
+    ],
+    ids=["plain", "smoothing", "weight", "probabilities", "metrics", "metrics of probabilities"],
 )
-def test_one_collective_forward_and_none_backward(ranks: Ranks, options: dict[str, Any], planes: int) -> None:
-    for seen in ranks(messages, True, options):
+def test_one_collective_forward_and_none_backward(
+    ranks: Ranks, options: dict[str, Any], probabilities: bool, metrics: bool, numbers: int
+) -> None:
+    """`numbers` a row, beside the same kernels as the unsharded loss's."""
+    for seen, kernels in ranks(messages, options, probabilities, metrics):
         ((name, size),) = seen
         assert name == "all_gather_into_tensor"
-        assert size == 4 * (16 * planes + len(_NUMBERS))
+        assert size == 4 * (16 * numbers + len(_NUMBERS))
+        assert [k for k in kernels if k != "class_indices"] == [
+            "cross_entropy_rows_forward",
+            "cross_entropy_rows_backward",
+        ]
 
 
 def test_a_learnable_scale_is_one_number_more(ranks: Ranks) -> None:
-    for seen in ranks(messages, True, {"logit_scale": torch.tensor(1.0, requires_grad=True)}):
+    options = {"logit_scale": torch.tensor(1.0, requires_grad=True)}
+    for seen, _ in ranks(messages, options, False, False):
         assert [name for name, _ in seen] == ["all_gather_into_tensor", "all_reduce"]
         assert seen[1][1] == 4
 
@@ -1094,6 +1216,43 @@ def test_placements_that_are_refused(ranks: Ranks) -> None:
     ranks(check_refused_placements)
 
 
+def check_transformed_dtensors(placement: Any, function: Any, scattered: bool) -> None:
+    """Those that a transform hides, and those that its function holds; torch makes no dual DTensor."""
+    logits, target = torch.randn(4, 8), torch.tensor([0, 7, 2, 1])
+    given, two = distribute_tensor(logits, mesh_of(4), [placement]), torch.tensor(2.0)
+    targets = distribute_tensor(target, mesh_of(4), [R]) if scattered else target
+
+    def loss(x: Any, scale: Any = 1.0) -> Any:
+        result = function(x, targets, logit_scale=scale)
+        return result[0] if isinstance(result, tuple) else result
+
+    calls = (
+        lambda: torch.func.grad(loss)(given),
+        lambda: torch.func.vjp(loss, given),
+        lambda: torch.func.jacrev(loss)(given),
+        lambda: torch.vmap(loss)(given.reshape(1, 4, 8)),
+        lambda: torch.func.grad(torch.func.grad(loss))(given),
+        lambda: torch.func.grad(lambda scale: loss(given, scale))(two),
+        lambda: torch.func.jvp(lambda scale: loss(given, scale), (two,), (two,)),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="cross_entropy: expected no DTensor under"):
+            call()
+    if placement == S(1):  # what the sentence says instead
+        grad = torch.func.grad(lambda x: vocab_parallel_cross_entropy(x, target))(given.to_local())
+        expected = torch.func.grad(lambda x: cross_entropy(x, target))(logits)
+        assert_near(grad, sharded(expected).detach().double())
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["target", "DTensor target"])
+@pytest.mark.parametrize("function", [cross_entropy, cross_entropy_with_metrics])
+@pytest.mark.parametrize("placement", [S(1), S(0), R], ids=str)
+def test_dtensors_under_torch_func_are_refused(
+    ranks: Ranks, placement: Any, function: Any, scattered: bool
+) -> None:
+    ranks(check_transformed_dtensors, placement, function, scattered)
+
+
 def check_dtensor_compile() -> None:
     logits, target = torch.randn(8, 12), torch.randint(0, 12, (8,))
     torch._dynamo.reset()
@@ -1136,6 +1295,33 @@ def check_parallelized_module() -> None:
 
 def test_parallelize_module(ranks: Ranks) -> None:
     ranks(check_parallelized_module)
+
+
+def check_parallelized_and_fully_sharded_module() -> None:
+    """Classes over one dimension of the mesh, rows and parameters (FSDP2) over the other."""
+    mesh, rows = mesh_of(2, 2), [5, 2]
+    inputs, targets = torch.randn(7, 6).split(rows), torch.randint(0, 10, (7,)).split(rows)
+    single, model = head(), head()
+    styles = {"2": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
+    parallelize_module(model, mesh["classes"], styles)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh["data"])
+    mine, data = mesh["data"].get_local_rank(), mesh["data"].get_group()
+    normalizer = lossops.global_normalizer(targets[mine], data)
+    loss = cross_entropy(model(inputs[mine]), targets[mine], label_smoothing=0.1, normalizer=normalizer)
+    expected = cross_entropy(single(torch.cat(inputs)), torch.cat(targets), label_smoothing=0.1)
+    loss.backward()
+    expected.backward()
+    total = loss.full_tensor().detach()
+    dist.all_reduce(total, group=data)
+    assert_near(total / 2, expected.detach().double())
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor()
+        assert_near(grad, single.get_parameter(name).grad.double(), scale=10, message=name)
+
+
+def test_parallelize_module_and_fully_shard(ranks: Ranks) -> None:
+    ranks(check_parallelized_and_fully_sharded_module)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1191,6 +1377,22 @@ def check_global_normalizer(kind: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_global_normalizer_makes_one_batch_of_many(ranks: Ranks, kind: str, options: dict[str, Any]) -> None:
     ranks(check_global_normalizer, kind, options)
+
+
+def check_compiled_normalizer() -> None:
+    rank = dist.get_rank()
+    logits, target = torch.randn(rank + 2, 5), torch.randint(0, 5, (rank + 2,))
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(logits, target, normalizer=lossops.global_normalizer(target))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_near(compiled(logits, target), loss(logits, target).double())
+
+
+def test_compiled_global_normalizer(ranks: Ranks) -> None:
+    ranks(check_compiled_normalizer)
 
 
 def check_normalizer_of_groups() -> None:

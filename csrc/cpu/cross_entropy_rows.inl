@@ -351,7 +351,7 @@ LOSSOPS_INLINE void block_moments(const Direction<A>& d, const A* p, Weight w, c
     const A l = (d.u[i] - r.max.value) - r.log_sum.value;
     const A softmax = exp(l), ph = softmax == 0 ? A(0) : softmax * d.h[i];
     mean += ph;
-    entropy += target_term(ph, l + r.entropy.value);
+    entropy += ph == 0 ? A(0) : ph * (l + r.entropy.value); // NaN where no logit is finite
     const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
     dot += t == 0 ? A(0) : t * d.h[i];
   }
