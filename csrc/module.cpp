@@ -34,6 +34,8 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr float kOne = 1; // an upstream gradient
+
 template <class Problem>
 Problem small_cross_entropy(uintptr_t logits, uintptr_t target, char* stats, int64_t rows, int64_t classes) {
   Problem call;
@@ -49,9 +51,11 @@ Problem small_cross_entropy(uintptr_t logits, uintptr_t target, char* stats, int
 }
 
 // What the backward needs, the normalizer of the mean and the stats of all rows, or None where a class index
-// is out of range. It is Python bytes: a second tensor would cost more than the kernel.
-pybind11::object small_cross_entropy_forward(uintptr_t logits, uintptr_t target, uintptr_t loss, int64_t rows,
-                                             int64_t classes, int64_t ignore_index) {
+// is out of range. It is Python bytes: a second tensor would cost more than the kernel. With grad_logits (0:
+// none) the gradient too, for an upstream gradient of 1.
+pybind11::object small_cross_entropy_forward(uintptr_t logits, uintptr_t target, uintptr_t loss,
+                                             uintptr_t grad_logits, int64_t rows, int64_t classes,
+                                             int64_t ignore_index) {
   auto kept = pybind11::reinterpret_steal<pybind11::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(sizeof(double) + 2 * rows * sizeof(float))));
   char* const bytes = PyBytes_AsString(kept.ptr());
@@ -62,7 +66,18 @@ pybind11::object small_cross_entropy_forward(uintptr_t logits, uintptr_t target,
   bool bad_target = false;
   call.normalizer = &normalizer;
   call.bad_target = &bad_target;
-  cpu::launch(call);
+  if (grad_logits == 0) {
+    cpu::launch(call);
+  } else {
+    CrossEntropyBackward gradient;
+    static_cast<CrossEntropyProblem&>(gradient) = call;
+    normalizer = static_cast<double>(cpu::count_rows(call));
+    gradient.grad_loss = &kOne;
+    gradient.normalizer = &normalizer;
+    gradient.grad_logits = {at<void>(grad_logits), DType::f32, 1};
+    gradient.bad_target = &bad_target;
+    cpu::launch(call, &gradient);
+  }
   if (bad_target) return pybind11::none();
   std::memcpy(bytes, &normalizer, sizeof(double));
   return kept;
@@ -98,12 +113,20 @@ Problem small_mse(uintptr_t input, uintptr_t target, int64_t elements) {
   return call;
 }
 
-void small_mse_forward(uintptr_t input, uintptr_t target, uintptr_t loss, int64_t elements) {
+// With grad_input (0: none) the gradient too, for an upstream gradient of 1.
+void small_mse_forward(uintptr_t input, uintptr_t target, uintptr_t loss, uintptr_t grad_input,
+                       int64_t elements) {
   auto call = small_mse<MSEForward>(input, target, elements);
   call.out = {at<void>(loss), DType::f32};
-  double normalizer = 0;
+  auto normalizer = static_cast<double>(elements);
   call.normalizer = &normalizer;
-  cpu::launch(call);
+  if (grad_input == 0) return cpu::launch(call);
+  MSEBackward gradient;
+  static_cast<MSEProblem&>(gradient) = call;
+  gradient.grad = {const_cast<float*>(&kOne), DType::f32};
+  gradient.normalizer = &normalizer;
+  gradient.grad_input = {at<void>(grad_input), DType::f32};
+  cpu::launch(call, &gradient);
 }
 
 void small_mse_backward(uintptr_t grad_loss, uintptr_t input, uintptr_t target, uintptr_t grad_input,

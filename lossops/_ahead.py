@@ -15,16 +15,18 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from ._autograd import NONE, differentiates_backward, is_batched
+from ._autograd import is_batched
 from ._explain import is_explaining, note
 
 ENABLED = os.environ.get("LOSSOPS_AHEAD") != "0"
 
 _TYPES = (Tensor, torch.nn.Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
 
 class Ahead:
@@ -34,38 +36,43 @@ class Ahead:
         self._name = name
         self._wanted = False
 
-    def is_asked(self, ctx: Any, reduction: int, input: Tensor, target: Tensor) -> bool:
+    def is_asked(self, ctx: Any, has_op: bool, input: Tensor, target: Tensor) -> bool:
         """Whether this forward pass shall compute the gradient of `input` for an upstream gradient of 1.
 
-        Never on a GPU, where asking for the upstream gradient's value would wait for it; nor where saved
-        tensors go through hooks, which save memory or change what the backward pass sees.
+        `has_op`: one gives both, for the loss is a scalar and the divisor of its mean known beforehand. Never
+        on a GPU, where asking for the upstream gradient's value would wait for it; nor where saved tensors go
+        through hooks, which save memory or change what the backward pass sees.
         """
-        ctx.may_go_ahead = (
-            ENABLED
+        ctx.may_go_ahead, ctx.gradient = False, None
+        return (
+            has_op
             and not is_compiling()
-            and reduction != NONE
             and type(input) in _TYPES
             and input.is_cpu
             and input.is_contiguous()  # and so is the gradient: the rows are met in the same order
             and input.requires_grad
             and not target.requires_grad
             and _dispatch_modes() == 0
-            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
+            and self.is_asked_of_small(ctx)
         )
-        ctx.gradient = None
-        if not ctx.may_go_ahead or is_explaining():
+
+    def is_asked_of_small(self, ctx: Any) -> bool:
+        """The same of what `_small.addresses` has found small."""
+        ctx.may_go_ahead = ENABLED and _saving_hooks(True) is None
+        if not self._wanted or not ctx.may_go_ahead or is_explaining():
             return False
-        wanted, self._wanted = self._wanted, False
-        return wanted
+        self._wanted = False
+        return True
 
     def gradient(self, ctx: Any, grad_loss: Tensor) -> Tensor | None:
         """The gradient that was computed ahead, once, where it is the one to be returned."""
-        if is_compiling() or not getattr(ctx, "may_go_ahead", False):
-            return None
         gradient, ctx.gradient = ctx.gradient, None
         if (
-            type(grad_loss) is not Tensor
-            or differentiates_backward()
+            not ctx.may_go_ahead
+            or is_compiling()
+            or is_grad_enabled()
+            or _transforms_active()
+            or type(grad_loss) is not Tensor
             or is_batched(grad_loss)
             or _dispatch_modes() != 0
             or grad_loss.item() != 1

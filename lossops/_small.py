@@ -77,7 +77,8 @@ def gradient_addresses(
     whoever sets `x.data` changes them unnoticed.
     """
     if (
-        not is_grad_enabled()
+        not is_compiling()  # compiled autograd
+        and not is_grad_enabled()
         and not _transforms_active()
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0

@@ -182,7 +182,7 @@ class EagerCrossEntropy(Function):
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
         options = reduction, ignore_index, label_smoothing, out_dtype
-        if weight is None and _ahead.is_asked(ctx, reduction, logits, target):
+        if _ahead.is_asked(ctx, weight is None and reduction != NONE, logits, target):
             loss, stats, normalizer, ctx.gradient = _forward_backward(logits, target, *options)
         else:
             loss, stats, normalizer = _forward(logits, target, weight, *options)
@@ -207,8 +207,15 @@ class SmallCrossEntropy(Function):
     def forward(ctx, logits, target, ignore_index, logits_address, target_address):
         rows, classes = logits.shape
         loss = empty_scalar()
+        ctx.gradient = torch.empty_like(logits) if _ahead.is_asked_of_small(ctx) else None
         kept = _C.small_cross_entropy_forward(
-            logits_address, target_address, loss.data_ptr(), rows, classes, ignore_index
+            logits_address,
+            target_address,
+            loss.data_ptr(),
+            0 if ctx.gradient is None else ctx.gradient.data_ptr(),
+            rows,
+            classes,
+            ignore_index,
         )
         if kept is None:
             _forward(logits, target, None, MEAN, ignore_index, 0.0, None)  # raises the IndexError
@@ -219,6 +226,9 @@ class SmallCrossEntropy(Function):
     @staticmethod
     def backward(ctx, grad_loss):
         logits, target = ctx.saved_tensors
+        gradient = _ahead.gradient(ctx, grad_loss)
+        if gradient is not None:
+            return gradient, None, None, None, None
         rows, classes, ignore_index, kept = ctx.rest
         found = gradient_addresses(grad_loss, logits, target, torch.int64)
         if found and logits.shape == (rows, classes) and target.shape == (rows,):

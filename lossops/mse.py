@@ -142,7 +142,8 @@ class EagerMSE(Function):
 
     @staticmethod
     def forward(ctx, input, target, weight, mask, reduction, out_dtype):
-        if weight is None and mask is None and _ahead.is_asked(ctx, reduction, input, target):
+        has_op = weight is None and mask is None and reduction != NONE
+        if _ahead.is_asked(ctx, has_op, input, target):
             loss, normalizer, ctx.gradient = _forward_backward(input, target, reduction, out_dtype)
         else:
             loss, normalizer = _forward(input, target, weight, mask, reduction, out_dtype)
@@ -165,13 +166,18 @@ class SmallMSE(Function):
     @staticmethod
     def forward(ctx, input, target, input_address, target_address):
         loss = empty_scalar()
-        _C.small_mse_forward(input_address, target_address, loss.data_ptr(), input.numel())
+        ctx.gradient = torch.empty_like(input) if _ahead.is_asked_of_small(ctx) else None
+        ahead = 0 if ctx.gradient is None else ctx.gradient.data_ptr()
+        _C.small_mse_forward(input_address, target_address, loss.data_ptr(), ahead, input.numel())
         ctx.save_for_backward(input, target)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         input, target = ctx.saved_tensors
+        gradient = _ahead.gradient(ctx, grad_loss)
+        if gradient is not None:
+            return gradient, None, None, None
         found = gradient_addresses(grad_loss, input, target, torch.float32)
         if found and input.shape == target.shape:
             grad = torch.empty_like(input)

@@ -137,7 +137,7 @@ def test_opcheck(op: str, reduction: int) -> None:
 
 
 class Case:
-    """A loss of a batch that is no small one, and how often its gradient was computed ahead."""
+    """A loss, and how often its gradient was computed ahead."""
 
     def __init__(self, loss: Callable[..., Tensor], torch_loss: Callable[..., Tensor], y: Tensor) -> None:
         self.loss, self.torch_loss, self.y = loss, torch_loss, y
@@ -152,31 +152,43 @@ class Case:
         expected = self.x.detach().clone().requires_grad_()
         (self.torch_loss(expected, self.y, **kwargs) * upstream).backward()
         torch.testing.assert_close(x.grad, expected.grad, rtol=1e-5, atol=1e-7)
+        self.gradient = x.grad
         return self.ahead > before
 
 
+class Counting(_ahead.Ahead):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case.loss.__name__)
+        self.case = case
+
+    def is_asked_of_small(self, ctx: Any) -> bool:
+        asked = super().is_asked_of_small(ctx)
+        self.case.ahead += asked
+        return asked
+
+
 @pytest.fixture(params=["cross_entropy", "mse_loss"])
-def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["small", "large"])
+def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
     # The function of its name hides the one module from an import statement.
-    module = importlib.import_module(
-        "lossops.cross_entropy" if request.param == "cross_entropy" else "lossops.mse"
-    )
-    y = torch.randint(30, (40,)) if request.param == "cross_entropy" else torch.randn(40, 30)
-    case = Case(getattr(lossops, request.param), getattr(F, request.param), y)
-    forward_backward = module._forward_backward
-
-    def counting(*args: Any) -> Any:
-        case.ahead += 1
-        return forward_backward(*args)
-
-    monkeypatch.setattr(module, "_forward_backward", counting)
-    monkeypatch.setattr(module, "_ahead", _ahead.Ahead(request.param))
-    monkeypatch.setattr(_small, "LIMIT", 0)
+    module = importlib.import_module(f"lossops.{name.removesuffix('_loss')}")
+    y = torch.randint(30, (40,)) if name == "cross_entropy" else torch.randn(40, 30)
+    case = Case(getattr(lossops, name), getattr(F, name), y)
+    monkeypatch.setattr(module, "_ahead", Counting(case))
+    if request.param == "large":
+        monkeypatch.setattr(_small, "LIMIT", 0)
     return case
 
 
 def test_a_loop_goes_ahead_from_its_second_step(case: Case) -> None:
-    assert [case.step() for _ in range(4)] == [False, True, True, True]
+    assert case.step() is False
+    first = case.gradient
+    assert [case.step() for _ in range(3)] == [True] * 3
+    assert torch.equal(case.gradient, first)
 
 
 def test_a_scaled_loss_does_not(case: Case) -> None:
