@@ -471,16 +471,15 @@ LOSSOPS_IMPLEMENT(implement)
 
 #ifndef LOSSOPS_EMULATED
 
-// The loss, and the gradient of the logits for an upstream gradient of 1. Without class weights the divisor
-// of a mean is known before any logit is read.
+// The loss, and the gradient of the logits for an upstream gradient of 1.
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
-    Tensor logits, Tensor target, int64_t reduction, int64_t ignore_index, double label_smoothing,
-    std::optional<ScalarType> out_dtype) {
+    Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<ScalarType> out_dtype) {
   static const double one = 1;
-  Operands operands("cross_entropy", logits, target, std::nullopt, ignore_index, label_smoothing);
+  Operands operands("cross_entropy", logits, target, weight, ignore_index, label_smoothing);
   CrossEntropyBackward gradient;
   const Tensor grad_logits = std::get<0>(operands.take_gradients<Cpu>(gradient, true, false));
-  Loss<Cpu> of(operands, std::nullopt, reduction, out_dtype);
+  Loss<Cpu> of(operands, weight, reduction, out_dtype);
   LOSSOPS_CHECK_AS(ValueError, of.call.reduction != Reduction::none,
                    "cross_entropy_forward_backward: expected reduction 1 (mean) or 2 (sum), got 0");
   static_cast<CrossEntropyProblem&>(gradient) = of.call;
@@ -489,7 +488,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
   bool bad_target = false;
   of.call.bad_target = gradient.bad_target = &bad_target;
   if (of.call.reduction == Reduction::mean) {
-    *of.call.normalizer = static_cast<double>(cpu::count_rows(of.call));
+    *of.call.normalizer = cpu::weigh_rows(of.call);
     gradient.normalizer = of.call.normalizer;
   }
   cpu::launch(of.call, &gradient);

@@ -141,7 +141,7 @@ namespace cpu {
 // With `gradient`, of the same operands, that too: unit by unit, while the logits are in the caches. What it
 // reads of the loss's results is there by then, but for a normalizer, which must have been set.
 void launch(const CrossEntropyForward&, const CrossEntropyBackward* gradient = nullptr);
-int64_t count_rows(const CrossEntropyProblem&); // without the ignored ones
+double weigh_rows(const CrossEntropyForward&); // the normalizer that the launch will give
 void launch(const CrossEntropyBackward&);
 void launch(const CrossEntropyRowsForward&);
 void launch(const CrossEntropyRowsBackward&);

@@ -51,8 +51,8 @@ LOSSOPS_LIBRARY(LOSSOPS_NAMESPACE, m) {
   m.def("check_async_errors() -> ()");
   // The CPU's alone: a loss with its gradient for an upstream gradient of 1.
   m.def(
-      "cross_entropy_forward_backward(Tensor logits, Tensor target, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? out_dtype) "
+      "cross_entropy_forward_backward(Tensor logits, Tensor target, Tensor? weight, int reduction, "
+      "int ignore_index, float label_smoothing, ScalarType? out_dtype) "
       "-> (Tensor loss, Tensor stats, Tensor normalizer, Tensor grad_logits)");
   m.def(
       "mse_forward_backward(Tensor input, Tensor target, int reduction, ScalarType? out_dtype) "

@@ -71,7 +71,7 @@ pybind11::object small_cross_entropy_forward(uintptr_t logits, uintptr_t target,
   } else {
     CrossEntropyBackward gradient;
     static_cast<CrossEntropyProblem&>(gradient) = call;
-    normalizer = static_cast<double>(cpu::count_rows(call));
+    normalizer = cpu::weigh_rows(call);
     gradient.grad_loss = &kOne;
     gradient.normalizer = &normalizer;
     gradient.grad_logits = {at<void>(grad_logits), DType::f32, 1};

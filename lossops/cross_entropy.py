@@ -132,9 +132,8 @@ def _(logits, target, weight, reduction, ignore_index, label_smoothing, out_dtyp
 
 
 @torch.library.register_fake("lossops::cross_entropy_forward_backward")
-def _(logits, target, reduction, ignore_index, label_smoothing, out_dtype):
-    options = reduction, ignore_index, label_smoothing, out_dtype
-    return *_forward(logits, target, None, *options), torch.empty_like(logits)
+def _(logits, *args):
+    return *_forward(logits, *args), torch.empty_like(logits)
 
 
 @torch.library.register_fake("lossops::cross_entropy_backward")
@@ -181,11 +180,11 @@ class EagerCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype):
-        options = reduction, ignore_index, label_smoothing, out_dtype
-        if _ahead.is_asked(ctx, weight is None and reduction != NONE, logits, target):
-            loss, stats, normalizer, ctx.gradient = _forward_backward(logits, target, *options)
+        args = logits, target, weight, reduction, ignore_index, label_smoothing, out_dtype
+        if _ahead.is_asked(ctx, reduction != NONE, logits, target):
+            loss, stats, normalizer, ctx.gradient = _forward_backward(*args)
         else:
-            loss, stats, normalizer = _forward(logits, target, weight, *options)
+            loss, stats, normalizer = _forward(*args)
         ctx.save_for_backward(logits, target, weight, stats, normalizer if reduction == MEAN else None)
         ctx.options = ignore_index, label_smoothing
         return loss

@@ -64,21 +64,22 @@ SHAPES = (
 def test_cross_entropy_has_the_bits_of_two_passes(shape, dtype, device, stream_bytes) -> None:
     ops = torch.ops.lossops
     logits = torch.randn(shape).mul(4).to(dtype)
-    for kind, reduction, smoothing in itertools.product(
-        ("int64", "int32", "uint8", "probabilities"), (MEAN, SUM), (0.0, 0.1)
+    for kind, reduction, smoothing, weighted in itertools.product(
+        ("int64", "int32", "uint8", "probabilities"), (MEAN, SUM), (0.0, 0.1), (False, True)
     ):
         if kind == "uint8" and shape[1] > 255:
             continue
         target = target_of(kind, logits)
+        weight = torch.rand(shape[1]) if weighted else None
         options = -100 if kind == "probabilities" else 1, smoothing
         lossops._C.set_stream_bytes(1 << 60)
-        loss, stats, normalizer = ops.cross_entropy_forward(logits, target, None, reduction, *options, None)
+        loss, stats, normalizer = ops.cross_entropy_forward(logits, target, weight, reduction, *options, None)
         divisor = normalizer if reduction == MEAN else None
         one = torch.ones((), dtype=loss.dtype)
-        backward = one, logits, target, None, stats, divisor, *options
+        backward = one, logits, target, weight, stats, divisor, *options
         gradient, _ = ops.cross_entropy_backward(*backward, True, False)
         lossops._C.set_stream_bytes(8 << 20 if stream_bytes is None else stream_bytes)
-        ahead = ops.cross_entropy_forward_backward(logits, target, reduction, *options, None)
+        ahead = ops.cross_entropy_forward_backward(logits, target, weight, reduction, *options, None)
         for a, b in zip(ahead, (loss, stats, normalizer, gradient), strict=True):
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
         if kind == "probabilities":  # whose gradient is streamed too
@@ -123,13 +124,22 @@ def test_streamed_gradients_in_parts_of_other_memory(device, stream_bytes) -> No
 def test_opcheck(op: str, reduction: int) -> None:
     logits = torch.randn(6, 9)
     arguments = {
-        "cross_entropy_forward_backward": (logits, torch.arange(6), reduction, -100, 0.1, None),
+        "cross_entropy_forward_backward": (
+            logits,
+            torch.arange(6),
+            torch.rand(9),
+            reduction,
+            -100,
+            0.1,
+            None,
+        ),
         "mse_forward_backward": (logits, torch.randn(6, 9), reduction, torch.float64),
     }[op]
     results = torch.library.opcheck(getattr(torch.ops.lossops, op).default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+    unreduced = [0 if a is reduction else a for a in arguments]
     with pytest.raises(ValueError, match=f"{op}: expected reduction 1"):
-        getattr(torch.ops.lossops, op)(*arguments[:2], 0, *arguments[3:])
+        getattr(torch.ops.lossops, op)(*unreduced)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,15 +21,16 @@ const char* way_of(const CrossEntropyBackward& a) {
 
 } // namespace
 
-int64_t count_rows(const CrossEntropyProblem& a) {
-  if (!a.index_target()) return a.rows.count;
+double weigh_rows(const CrossEntropyForward& a) {
   const Isa isa = active_isa();
-  const Units units(a.rows.count, 1, kElementsPerUnit);
-  int64_t counts[kMaxUnits];
+  double weight[kMaxUnits]; // set by the unit they belong to
+  const Units units =
+      Chunks(a).per_row > 1 ? Units(a.rows.count, 1, 1) : Units(a.rows.count, a.classes, kElementsPerUnit);
   parallel_for_units(units, 1, [&](int64_t unit) {
-    LOSSOPS_FOR_ISA(count_range(a, units.begin(unit), units.end(unit), counts[unit]))
+    weight[unit] = 0;
+    LOSSOPS_CALL(weigh_range, a, units.begin(unit), units.end(unit), weight[unit]);
   });
-  return std::accumulate(counts, counts + units.count, int64_t{0});
+  return std::accumulate(weight, weight + units.count, 0.0);
 }
 
 void launch(const CrossEntropyForward& a, const CrossEntropyBackward* gradient) {

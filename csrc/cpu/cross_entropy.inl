@@ -796,21 +796,11 @@ inline int64_t tile_rows(const CrossEntropyProblem& a) {
   return a.rows.inner_stride(kLogits) == 1 && a.classes > 1 ? kTile : 128;
 }
 
-// How many rows' class indices are not to be ignored.
-inline void count_range(const CrossEntropyProblem& a, int64_t begin, int64_t end, int64_t& counted) {
-  counted = 0;
-  with_type(a.target.dtype, [&](auto* type) {
-    using T = std::remove_reference_t<decltype(*type)>;
-    if constexpr (std::is_integral_v<T>) {
-      const int64_t stride = a.rows.inner_stride(kTarget);
-      for_each_run(a.rows, begin, end, end - begin, [&](const int64_t* o, int64_t n) {
-        const T* target = static_cast<const T*>(a.target.data) + o[kTarget];
-        int64_t count = 0;
-#pragma omp simd reduction(+ : count)
-        for (int64_t i = 0; i < n; ++i) count += target[i * stride] == a.ignore_index ? 0 : 1;
-        counted += count;
-      });
-    }
+// What forward_range will add to the divisor of the mean, bit for bit.
+template <class A>
+void weigh_range(const CrossEntropyForward& a, int64_t begin, int64_t end, double& weight_sum) {
+  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
+    weight_sum += tile_sum(TileTarget<A>(a, o, n, a.bad_target).weight, n);
   });
 }
 
