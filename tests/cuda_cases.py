@@ -359,6 +359,11 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
     packs = (2, 5, 48, 40)
     yield "bad target, packs of rows", lambda: bad(packs, {"smoothing": 0.0})
     yield "ignored, packs of rows", lambda: ignored(packs, {"smoothing": 0.0})
+    apart = (2, 7, 2, 960)
+    yield (
+        "packs of rows whose results lie apart",
+        lambda: check_kind("index", drawn(apart, dtype).transpose(2, 3)),
+    )
     yield "no rows", lambda: check_cross_entropy(drawn((0, 5), dtype), torch.zeros(0, dtype=torch.int64))
 
     def descending() -> None:
