@@ -366,6 +366,14 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
     )
     yield "no rows", lambda: check_cross_entropy(drawn((0, 5), dtype), torch.zeros(0, dtype=torch.int64))
 
+    def no_classes() -> None:
+        logits = drawn((3, 0), dtype)
+        loss, stats, _ = ops().cross_entropy_forward(logits, logits, None, NONE, IGNORED, 0.0, None)
+        assert_near(loss, torch.zeros(3), message="loss")
+        assert_near(stats[1], torch.zeros(3), message="log_sum")
+
+    yield "no classes", no_classes
+
     def descending() -> None:
         """The maximum is raised, or never again, and far: what was summed up before counts for nothing."""
         for classes in (5, 37, 300, 2600):

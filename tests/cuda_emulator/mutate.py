@@ -123,7 +123,7 @@ def mutants_of(file: Path, original: Path) -> Iterator[Mutant]:
     """Of the lines that reduced.py has not changed."""
     lines = file.read_text().split("\n")
     for number, (line, unchanged) in enumerate(zip(lines, original.read_text().split("\n"), strict=True), 1):
-        if HOST_FROM in line and file.suffix == ".cu":
+        if HOST_FROM in line:
             return
         code = COMMENT.sub("", line)
         if line != unchanged or NOT_CODE.search(code):
