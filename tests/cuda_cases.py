@@ -284,6 +284,32 @@ def every_remainder(dtype: torch.dtype) -> Iterator[Case]:
         yield f"{size} rows side by side", lambda s=size: check_kind("smoothed", drawn((1, 9, s), dtype))
 
 
+def in_phases(
+    dtype: torch.dtype, ways: Sequence[str], check: Callable[[str, Tensor, int], None]
+) -> Iterator[Case]:
+    """Logits, probabilities and gradient begin at every element of a pack, each two of them in every way;
+    behind the packs that lanes move together are too few elements for more of them, just enough, and more."""
+    width = 16 // dtype.itemsize
+    packs = {"lanes": 2 * 8, "warp": 32, "block": (9 if width == 2 else 5) * 32}
+    for way, offset, kind in itertools.product(ways, range(width), ("index", "probabilities")):
+        # A row of the gradient or the probabilities begins an element later in its sector than the one
+        # before, a row of the logits half a sector. With fewer rows long ones would be cut into slices.
+        classes, rows = (packs[way] + 3) * width + 1, 21 if way == "block" else 2 * width
+        yield (
+            f"{way} in phases, {offset} of {width}, {kind}",
+            lambda r=rows, c=classes, o=offset, k=kind: check(
+                k, shifted(drawn((r, c), dtype), o, 2 * width - 1), o
+            ),
+        )
+
+
+def phases(dtype: torch.dtype) -> Iterator[Case]:
+    def check(kind: str, logits: Tensor, offset: int) -> None:
+        check_kind(kind, logits, offset=offset, reductions=(NONE,))
+
+    yield from in_phases(dtype, ("lanes", "warp", "block"), check)
+
+
 def edges(dtype: torch.dtype) -> Iterator[Case]:
     def infinite(shape: tuple[int, ...], smoothing: float) -> None:
         """Rows of -inf alone, at the start, at the end, all but the target; and a NaN."""
@@ -333,7 +359,20 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
     packs = (2, 5, 48, 40)
     yield "bad target, packs of rows", lambda: bad(packs, {"smoothing": 0.0})
     yield "ignored, packs of rows", lambda: ignored(packs, {"smoothing": 0.0})
+    apart = (2, 7, 2, 960)
+    yield (
+        "packs of rows whose results lie apart",
+        lambda: check_kind("index", drawn(apart, dtype).transpose(2, 3)),
+    )
     yield "no rows", lambda: check_cross_entropy(drawn((0, 5), dtype), torch.zeros(0, dtype=torch.int64))
+
+    def no_classes() -> None:
+        logits = drawn((3, 0), dtype)
+        loss, stats, _ = ops().cross_entropy_forward(logits, logits, None, NONE, IGNORED, 0.0, None)
+        assert_near(loss, torch.zeros(3), message="loss")
+        assert_near(stats[1], torch.zeros(3), message="log_sum")
+
+    yield "no classes", no_classes
 
     def descending() -> None:
         """The maximum is raised, or never again, and far: what was summed up before counts for nothing."""
@@ -609,6 +648,14 @@ def row_remainders(dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
+def row_phases(dtype: torch.dtype) -> Iterator[Case]:
+    def check(kind: str, logits: Tensor, offset: int) -> None:
+        check_rows_of_kind(kind, logits, TRANSFORMS[1], offset=offset)
+
+    for name, case in in_phases(dtype, ("warp", "block"), check):
+        yield f"row functions, {name}", case
+
+
 def row_edges(dtype: torch.dtype) -> Iterator[Case]:
     def infinite(shape: tuple[int, ...], given: RowOptions) -> None:
         """Rows of -inf alone, at the start, at the end, all but the target; two NaN; infinity."""
@@ -712,8 +759,10 @@ def check_mse(
     weight: Tensor | None = None,
     reductions: tuple[int, ...] = (NONE, MEAN),
     mask: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
-    """With a mask, what it leaves out becomes NaN in the input, in its tangent and in the gradient."""
+    """With a mask, what it leaves out becomes NaN in the input, in its tangent and in the gradient. `offset`:
+    where upstream gradients begin."""
     counts = torch.ones(x.shape, dtype=torch.bool) if mask is None else mask.expand(x.shape)
     mask = None if mask is None else counts
     w = torch.ones(x.shape, dtype=torch.float64) if weight is None else weight.double().expand(x.shape)
@@ -733,7 +782,9 @@ def check_mse(
             assert_near(normalizer, divisor, torch.float32, message="normalizer")
         derivative, _ = ops().mse_jvp(x, y, weight, mask, dx, dy, reduction, None)
         assert_near(derivative, pick(derivatives), scale=100, message="jvp")
-        upstream = torch.randn(x.shape).to(x.dtype) if reduction == NONE else torch.randn(()).to(x.dtype)
+        upstream = torch.randn(offset + x.numel() if reduction == NONE else ()).to(x.dtype)
+        if reduction == NONE:
+            upstream = upstream[offset:].view(x.shape)
         expected = 2 * upstream.double() * w * difference
         if reduction == MEAN:
             expected = torch.where(counts, expected / divisor, 0.0)
@@ -763,11 +814,19 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
         yield f"mse of {size}", lambda s=size: flat(s, 0, 0, 0)
         yield f"mse of {size} from 1", lambda s=size: flat(s, 1, 1, 1, reductions=(SUM,))
     for offset in range(1, width):
-        for size in (1, width + 1, 34 * width + offset, 300 * width - offset):
+        for size in (1, width + 1, 300 * width - offset):
             yield (
                 f"mse of {size}, shifted by {offset} of {width}",
                 lambda s=size, o=offset: flat(s, o, 0, -o % width),
             )
+    # All against what is written, which begins at a boundary, and against the input, where nothing is.
+    for x in range(2 * width):
+        size, y = 35 * width - 2 + x, (2 * x + x // width) % width
+        w, grad = (x // width - x) % width, 3 * x % width
+        yield (
+            f"mse of {size} in phases {x}, {y}, {w} and {grad} of {width}",
+            lambda s=size, of=(x, y, w), g=grad: flat(s, *of, offset=g),
+        )
     for size in range(8192 - 1, 8192 + 2 * width + 2):  # a second block of a few elements, or of none
         yield f"shifted mse of {size}", lambda s=size: flat(s, 1, 1, 0, reductions=(SUM,))
     yield "shifted mse of several blocks", lambda: flat(25_000, 1, 0, 1, reductions=(MEAN,))
@@ -822,8 +881,12 @@ def mse(dtype: torch.dtype) -> Iterator[Case]:
     several = (1, 30_001)
     yield "masked mse of several blocks", lambda: masked(several, several, 0, 0, 0, reductions=(MEAN,))
     yield "masked mse, shifted", lambda: masked((7, 100), (7, 1), 0, 1, 0)
-    for start in range(width):
-        yield f"shifted mse, its mask from {start}", lambda m=start: masked((1, 1100), (1, 1100), 1, 0, m)
+    for x in range(2 * width):
+        line, y = (1, 35 * width - 2 + x), (2 * x + x // width) % width
+        yield (
+            f"mse from {x} and {y} of {width}, its mask from {3 * x % width}",
+            lambda s=line, of=(x, y, 3 * x % width): masked(s, s, *of),
+        )
     yield (
         "masked mse of two dtypes",
         lambda: check_mse(
@@ -914,9 +977,11 @@ GROUPS = {
         ways,
         mixed,
         every_remainder,
+        phases,
         edges,
         row_functions,
         row_remainders,
+        row_phases,
         row_edges,
         shared,
         mse,

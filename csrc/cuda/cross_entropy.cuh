@@ -498,6 +498,33 @@ struct ShortTile {
   }
 };
 
+// f(c, logit) for the classes of a thread's row in shared memory, one by one; what it returns, if anything,
+// takes the logit's place. Rows an even number of elements apart, and classes with them, are moved in pairs:
+// one by one they would meet in every second bank.
+template <class A, class T, class F>
+LOSSOPS_DEVICE void for_short_row(T* row, const ShortRows& rows, const F& f) {
+  constexpr bool kWrites = !std::is_void_v<decltype(f(0, A()))>;
+  const auto visit = [&](int c, T& logit) {
+    if constexpr (kWrites)
+      logit = round_to<T>(f(c, widen<A>(logit)));
+    else
+      f(c, widen<A>(logit));
+  };
+  struct alignas(2 * sizeof(T)) Pair {
+    T of[2];
+  };
+  if (rows.stride % 2 == 0) {
+    for (int c = 0; c < rows.classes; c += 2) {
+      Pair pair = *reinterpret_cast<const Pair*>(row + c);
+      visit(c, pair.of[0]);
+      visit(c + 1, pair.of[1]);
+      if constexpr (kWrites) *reinterpret_cast<Pair*>(row + c) = pair;
+    }
+  } else {
+    for (int c = 0; c < rows.classes; ++c) visit(c, row[c]);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Tiles: neighbouring rows side by side, the classes walked
 

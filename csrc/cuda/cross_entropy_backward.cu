@@ -149,13 +149,13 @@ __global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
     if (tile.row < a.rows.count) {
       const A grad_sum = r.grad * r.target_sum;
       const int y = static_cast<int>(r.target.index);
-      for (int c = 0; c < rows.classes; ++c) {
-        A value = grad_sum * r.template softmax<T>(widen<A>(z[c]));
+      for_short_row<A>(z, rows, [&](int c, A logit) {
+        A value = grad_sum * r.template softmax<T>(logit);
         if (smoothing.spread != 0)
           value -= r.grad * (weight == nullptr ? smoothing.spread : weight[c] * smoothing.spread);
         if (c == y) value -= r.index_term;
-        z[c] = round_to<T>(r.grad == 0 ? A(0) : value);
-      }
+        return r.grad == 0 ? A(0) : value;
+      });
     }
     __syncthreads();
     tile.copy<false>(static_cast<T*>(a.grad_logits.data), shared, rows);

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
     forward_short_rows(const __grid_constant__ CrossEntropyForward a, const __grid_constant__ ShortRows rows,
                        Sums* of_block) {
   T* shared = short_rows_memory<T>();
-  const T* z = shared + threadIdx.x * rows.stride;
+  T* z = shared + threadIdx.x * rows.stride;
   const Smoothing<A> smoothing(a);
   const A* weight = static_cast<const A*>(a.weight);
   Sums sums;
@@ -179,18 +179,15 @@ __global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
       RowState<A> state;
       A target_logit = 0;
       if (target.counted) {
-        for (int c = 0; c < rows.classes; ++c) {
-          const A logit = widen<A>(z[c]);
-          state.max = larger(state.max, logit);
-        }
+        for_short_row<A>(z, rows, [&](int, A logit) { state.max = larger(state.max, logit); });
         const A ref = anchor(state.max);
-        for (int c = 0; c < rows.classes; ++c) state.sum += exponential<T>(widen<A>(z[c]) - ref);
+        for_short_row<A>(z, rows, [&](int, A logit) { state.sum += exponential<T>(logit - ref); });
         if (smoothing.spread != 0) {
-          for (int c = 0; c < rows.classes; ++c) {
+          for_short_row<A>(z, rows, [&](int c, A logit) {
             const A t_c = weight == nullptr ? smoothing.spread : weight[c] * smoothing.spread;
             state.target_sum += t_c;
-            state.dot += target_term(t_c, widen<A>(z[c]) - ref);
-          }
+            state.dot += target_term(t_c, logit - ref);
+          });
         }
         if (target.index >= 0) target_logit = widen<A>(z[target.index]);
       }

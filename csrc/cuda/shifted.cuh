@@ -9,7 +9,7 @@ namespace lossops::cuda {
 LOSSOPS_DEVICE uint4 across(uint4 a, uint4 b, int bytes) {
   if (bytes & 8) {
     a = {a.z, a.w, b.x, b.y};
-    b = {b.z, b.w, 0, 0};
+    b = {b.z, b.w};
   }
   if (bytes & 4) {
     a = {a.y, a.z, a.w, b.x};
