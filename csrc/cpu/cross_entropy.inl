@@ -843,6 +843,7 @@ void backward_chunk(const CrossEntropyBackward& a, int64_t row, int64_t c0, int6
   int64_t o[kCrossEntropyOperands];
   a.rows.offsets(row, o);
   backward_row<A>(a, o, c0, c1);
+  end_of_stream();
 }
 
 template <class A>
@@ -852,4 +853,5 @@ void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
     if (!rows) return flat ? backward_flat<A>(a, o, n) : backward_tile<A>(a, o, n);
     for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_row<A>(a, at, 0, a.classes); });
   });
+  end_of_stream();
 }
