@@ -88,10 +88,13 @@ def is_compiled_under_vmap() -> bool:
     return torch.compiler.is_compiling() and _under_vmap()
 
 
-@torch.compiler.assume_constant_result
 def _under_vmap() -> bool:
     transforms = torch._C._functorch.get_interpreter_stack() or []
     return any(transform.key() == torch._C._functorch.TransformType.Vmap for transform in transforms)
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo for it.
+_under_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def differentiates_backward() -> bool:
