@@ -104,7 +104,8 @@ LOSSOPS_INLINE void with_values(const ClassTensor& t, int64_t offset, int64_t c,
   f(load_classes(t, offset, c, n, buffer));
 }
 
-// Likewise with the place of their gradient.
+// Likewise with the place of their gradient, to which `stream` leads past the caches; not in bfloat16, whose
+// arithmetic takes longer than its stores.
 template <class A, class F>
 LOSSOPS_INLINE void with_gradient(const ClassTensor& t, int64_t offset, const ClassTensor& gradient,
                                   int64_t gradient_offset, int64_t c, int64_t n, A* buffer, A* out_buffer,
