@@ -172,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("stop_trace", &trace_entries, "What was recorded: (what, how, device, amount) each.");
   m.def("empty_cache", &release_pages, "Returns the pages kept for gradients to the system.");
   m.def("set_stream_bytes", &set_stream_bytes,
-        "Gradients of this size and more are written past the caches; for tests.");
+        "Gradients of this size and more are written past the caches; returns what it was. For tests.");
   m.def("cuda_build_info", &cuda_build_info, "The CUDA toolkit and architectures built in, or None.");
   m.def("small_cross_entropy_forward", &small_cross_entropy_forward);
   m.def("small_cross_entropy_backward", &small_cross_entropy_backward);

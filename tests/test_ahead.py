@@ -20,18 +20,18 @@ from lossops import _ahead, _small
 
 OPS = ("cross_entropy_forward_backward", "mse_forward_backward")
 MEAN, SUM = 1, 2
+NEVER = 1 << 60  # bytes: more than any gradient has
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 every_isa = on(*(backend for backend in BACKENDS if backend.startswith("cpu-")))
 
 
-@pytest.fixture(params=[None, 0], ids=["through the caches", "past the caches"])
-def stream_bytes(request: pytest.FixtureRequest) -> Iterator[int | None]:
+@pytest.fixture(params=[NEVER, 0], ids=["through the caches", "past the caches"])
+def stream_bytes(request: pytest.FixtureRequest) -> Iterator[int]:
     """Whether gradients are written past the caches, which they are by themselves when they are large."""
-    if request.param is not None:
-        lossops._C.set_stream_bytes(request.param)
+    before = lossops._C.set_stream_bytes(request.param)
     yield request.param
-    lossops._C.set_stream_bytes(8 << 20)
+    lossops._C.set_stream_bytes(before)
 
 
 def target_of(kind: str, logits: Tensor) -> Tensor:
@@ -72,19 +72,19 @@ def test_cross_entropy_has_the_bits_of_two_passes(shape, dtype, device, stream_b
         target = target_of(kind, logits)
         weight = torch.rand(shape[1]) if weighted else None
         options = -100 if kind == "probabilities" else 1, smoothing
-        lossops._C.set_stream_bytes(1 << 60)
+        lossops._C.set_stream_bytes(NEVER)
         loss, stats, normalizer = ops.cross_entropy_forward(logits, target, weight, reduction, *options, None)
         divisor = normalizer if reduction == MEAN else None
         one = torch.ones((), dtype=loss.dtype)
         backward = one, logits, target, weight, stats, divisor, *options
         gradient, _ = ops.cross_entropy_backward(*backward, True, False)
-        lossops._C.set_stream_bytes(8 << 20 if stream_bytes is None else stream_bytes)
+        lossops._C.set_stream_bytes(stream_bytes)
         ahead = ops.cross_entropy_forward_backward(logits, target, weight, reduction, *options, None)
         for a, b in zip(ahead, (loss, stats, normalizer, gradient), strict=True):
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
         if kind == "probabilities":  # whose gradient is streamed too
             _, expected = ops.cross_entropy_backward(*backward, False, True)
-            lossops._C.set_stream_bytes(1 << 60)
+            lossops._C.set_stream_bytes(NEVER)
             assert torch.equal(ops.cross_entropy_backward(*backward, False, True)[1], expected)
 
 
@@ -95,12 +95,12 @@ def test_mse_has_the_bits_of_two_passes(dtype, device, stream_bytes) -> None:
     sizes = (0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1023, 1024, 1025, 2047, 16384, 50001)
     for size, reduction, other in itertools.product(sizes, (MEAN, SUM), DTYPES):
         x, y = torch.randn(size).to(dtype), torch.randn(size).to(other)
-        lossops._C.set_stream_bytes(1 << 60)
+        lossops._C.set_stream_bytes(NEVER)
         loss, normalizer = ops.mse_forward(x, y, None, None, reduction, None)
         divisor = normalizer if reduction == MEAN else None
         backward = torch.ones_like(loss), x, y, None, None, divisor
         gradients = ops.mse_backward(*backward, True, True)
-        lossops._C.set_stream_bytes(8 << 20 if stream_bytes is None else stream_bytes)
+        lossops._C.set_stream_bytes(stream_bytes)
         ahead = ops.mse_forward_backward(x, y, reduction, None)
         for a, b in zip(ahead, (loss, normalizer, gradients[0]), strict=True):
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))

@@ -22,8 +22,8 @@ int64_t stream_bytes() {
   return streamed_from.load(std::memory_order_relaxed);
 }
 
-void set_stream_bytes(int64_t bytes) {
-  streamed_from.store(bytes, std::memory_order_relaxed);
+int64_t set_stream_bytes(int64_t bytes) {
+  return streamed_from.exchange(bytes, std::memory_order_relaxed);
 }
 
 void use_huge_pages(void* data, int64_t bytes) {

@@ -28,9 +28,9 @@ void give_pages(Pages);
 // Returns kept blocks to the system.
 void release_pages();
 
-// Gradients of this size and more are written past the caches. Set by tests.
+// Gradients of this size and more are written past the caches. Set by tests; returns what it was.
 int64_t stream_bytes();
-void set_stream_bytes(int64_t);
+int64_t set_stream_bytes(int64_t);
 
 // Asks for huge pages under a buffer that nothing has touched yet.
 void use_huge_pages(void* data, int64_t bytes);
