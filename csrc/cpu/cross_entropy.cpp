@@ -58,9 +58,11 @@ void launch(const CrossEntropyForward& a, const CrossEntropyBackward* gradient) 
     const Units units(a.rows.count, a.classes, kElementsPerUnit);
     parallel_for_units(units, a.classes, [&](int64_t unit) {
       loss[unit] = weight[unit] = 0;
-      LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), loss[unit], weight[unit]);
-      if (gradient != nullptr) {
-        LOSSOPS_CALL(backward_range, *gradient, units.begin(unit), units.end(unit));
+      if (gradient == nullptr) {
+        LOSSOPS_CALL(forward_range, a, units.begin(unit), units.end(unit), loss[unit], weight[unit]);
+      } else {
+        LOSSOPS_CALL(forward_backward_range, a, *gradient, units.begin(unit), units.end(unit), loss[unit],
+                     weight[unit]);
       }
     });
     sums = units.count;

@@ -5,6 +5,7 @@
 constexpr int64_t kBlock = 2048; // classes at a time along a row: 8 KiB of float stay in L1 for every pass
 constexpr int64_t kTile = 512;   // rows of a tile
 constexpr int64_t kTileClasses = 32; // classes of a tile held at a time: 16 KiB of float
+constexpr int64_t kKept = 16384;     // exponentials kept for the gradient: 64 KiB of float stay in L2
 
 // ---------------------------------------------------------------------------------------------
 // Pieces of the formula
@@ -104,23 +105,18 @@ LOSSOPS_INLINE void with_values(const ClassTensor& t, int64_t offset, int64_t c,
   f(load_classes(t, offset, c, n, buffer));
 }
 
-// Likewise with the place of their gradient, to which `stream` leads past the caches; not in bfloat16, whose
+// Likewise the place of n gradients, to which `stream` leads past the caches; not in bfloat16, whose
 // arithmetic takes longer than its stores.
 template <class A, class F>
-LOSSOPS_INLINE void with_gradient(const ClassTensor& t, int64_t offset, const ClassTensor& gradient,
-                                  int64_t gradient_offset, int64_t c, int64_t n, A* buffer, A* out_buffer,
-                                  bool stream, const F& f) {
-  const int64_t stride = gradient.class_stride;
-  gradient_offset += c * stride;
+LOSSOPS_INLINE void with_place(const ClassTensor& t, int64_t offset, int64_t c, int64_t n, A* buffer,
+                               bool stream, const F& f) {
+  const int64_t first = offset + c * t.class_stride;
   if constexpr (std::is_same_v<A, float>) {
-    if (t.dtype == DType::bf16 && t.class_stride == 1 && gradient.dtype == DType::bf16 && stride == 1)
-      return f(static_cast<const BFloat16*>(t.data) + offset + c,
-               static_cast<BFloat16*>(gradient.data) + gradient_offset);
+    if (t.dtype == DType::bf16 && t.class_stride == 1) return f(static_cast<BFloat16*>(t.data) + first);
   }
-  const A* z = load_classes(t, offset, c, n, buffer);
-  A* dz = destination(gradient.dtype, gradient.data, gradient_offset, stride, out_buffer, stream);
-  f(z, dz);
-  store(gradient.dtype, dz, gradient.data, gradient_offset, stride, n, stream);
+  A* dz = destination(t.dtype, t.data, first, t.class_stride, buffer, stream);
+  f(dz);
+  store(t.dtype, dz, t.data, first, t.class_stride, n, stream);
 }
 
 // f(kProbabilities, p, w): the block's probabilities and class weights, as the loops want them.
@@ -166,19 +162,45 @@ LOSSOPS_INLINE A block_max(const Z* z, int64_t n, A max) {
   return fold(lanes, larger);
 }
 
-template <class Z, class A>
-LOSSOPS_INLINE A block_sum_exp(const Z* z, int64_t n, A ref) {
+// Where a row's exponentials go beside their sum: nowhere, or to where its gradient will find them.
+struct Forgotten {
+  template <class A>
+  LOSSOPS_INLINE void put(int64_t, A) const {}
+};
+template <class A>
+struct Kept {
+  A* e;
+  LOSSOPS_INLINE void put(int64_t i, A value) const {
+    e[i] = value;
+  }
+};
+
+// Sends for what stands two blocks further on, or two rows of one block: the arithmetic of a block is too
+// long for the hardware to look past it, and with exponentials to store it hardly looks ahead at all.
+template <class A, class T>
+LOSSOPS_INLINE void send_for_next(const T* lanes, int64_t n) {
+  constexpr int64_t line = 64, bytes = kLanes<A> * sizeof(T);
+  const uintptr_t at =
+      reinterpret_cast<uintptr_t>(lanes) + 2 * n * sizeof(T); // perhaps of nothing: no pointer
+  for (int64_t b = 0; b < bytes; b += line) __builtin_prefetch(reinterpret_cast<const void*>(at + b));
+}
+
+template <class Z, class A, class Keep = Forgotten>
+LOSSOPS_INLINE A block_sum_exp(const Z* z, int64_t n, A ref, Keep kept = {}) {
   alignas(64) A sum[kLanes<A>] = {};
+  const auto add = [&](int64_t i, int64_t k, bool seen) LOSSOPS_INLINE_LAMBDA {
+    const A e = exp(widen(z[i]) - ref);
+    kept.put(i, e);
+    sum[k] += seen ? A(0) : e;
+  };
   if (n < kLanes<A>) {
-    for (int64_t i = 0; i < n; ++i) sum[0] += exp(widen(z[i]) - ref);
+    for (int64_t i = 0; i < n; ++i) add(i, 0, false);
     return sum[0];
   }
   for_each_lanes<A>(n, [&](int64_t i, auto seen) LOSSOPS_INLINE_LAMBDA {
+    send_for_next<A>(z + i, n);
 #pragma omp simd
-    for (int64_t k = 0; k < kLanes<A>; ++k) {
-      const A e = exp(widen(z[i + k]) - ref);
-      sum[k] += k < seen ? A(0) : e;
-    }
+    for (int64_t k = 0; k < kLanes<A>; ++k) add(i + k, k, k < seen);
   });
   return fold(sum, [](A a, A b) { return a + b; });
 }
@@ -195,14 +217,15 @@ LOSSOPS_INLINE A target_term(A t, A distance) {
 }
 
 // Adds exp(z_c - ref), t_c and t_c*(z_c - ref).
-template <bool kProbabilities, class Z, class A, class Weight>
-LOSSOPS_INLINE void block_sums(const Z* z, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s,
+template <bool kProbabilities, class Z, class A, class Weight, class Keep>
+LOSSOPS_INLINE void block_sums(const Z* z, const A* p, Weight w, int64_t n, A ref, Smoothing<A> s, Keep kept,
                                RowState<A>& state) {
   alignas(64) A sum[kLanes<A>] = {}, target_sum[kLanes<A>] = {}, dot[kLanes<A>] = {};
   const auto add = [&](int64_t i, int64_t k, bool seen) LOSSOPS_INLINE_LAMBDA {
     const A distance = widen(z[i]) - ref;
     const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
     const A e = exp(distance), term = target_term(t, distance);
+    kept.put(i, e);
     sum[k] += seen ? A(0) : e;
     target_sum[k] += seen ? A(0) : t;
     dot[k] += seen ? A(0) : term;
@@ -211,6 +234,8 @@ LOSSOPS_INLINE void block_sums(const Z* z, const A* p, Weight w, int64_t n, A re
     for (int64_t i = 0; i < n; ++i) add(i, 0, false);
   } else {
     for_each_lanes<A>(n, [&](int64_t i, auto seen) LOSSOPS_INLINE_LAMBDA {
+      send_for_next<A>(z + i, n);
+      if constexpr (kProbabilities) send_for_next<A>(p + i, n);
 #pragma omp simd
       for (int64_t k = 0; k < kLanes<A>; ++k) add(i + k, k, k < seen);
     });
@@ -221,9 +246,10 @@ LOSSOPS_INLINE void block_sums(const Z* z, const A* p, Weight w, int64_t n, A re
   state.dot += fold(dot, plus);
 }
 
-// The row's state over the classes [c0, c1), without a class index's own term.
-template <class A>
-RowState<A> row_state(const CrossEntropyProblem& a, const int64_t* o, int64_t c0, int64_t c1) {
+// The row's state over the classes [c0, c1), without a class index's own term. Exponentials are kept of one
+// block only: a later block may have a larger maximum.
+template <class A, class Keep>
+RowState<A> row_state(const CrossEntropyProblem& a, const int64_t* o, int64_t c0, int64_t c1, Keep kept) {
   alignas(64) A z_buffer[kBlock], p_buffer[kBlock];
   const Smoothing<A> smoothing(a);
   RowState<A> state;
@@ -233,11 +259,11 @@ RowState<A> row_state(const CrossEntropyProblem& a, const int64_t* o, int64_t c0
       state.raise(block_max(z, n, state.max));
       const A ref = anchor(state.max);
       if (!a.has_target_sum()) {
-        state.sum += block_sum_exp(z, n, ref);
+        state.sum += block_sum_exp(z, n, ref, kept);
         return;
       }
       with_target<A>(a, o[kTarget], c, n, p_buffer, [&](auto probabilities, const A* p, auto w) {
-        block_sums<decltype(probabilities)::value>(z, p, w, n, ref, smoothing, state);
+        block_sums<decltype(probabilities)::value>(z, p, w, n, ref, smoothing, kept, state);
       });
     });
   }
@@ -249,8 +275,8 @@ template <class A>
 struct RowGradient {
   RowTarget<A> target;
   A max, log_sum;
-  A target_sum; // S
-  A grad;       // upstream gradient of the row's loss: 0 leaves zeros, whatever the logits are
+  A grad;  // g, upstream gradient of the row's loss: 0 leaves zeros, whatever the logits are
+  A scale; // g*S*exp(-log_sum), which makes g*S*softmax of exp(z - max)
 };
 
 template <class A>
@@ -260,25 +286,36 @@ LOSSOPS_INLINE RowGradient<A> row_gradient(const CrossEntropyBackward& a, const 
   r.target = read_target<A>(a, o[kTarget], a.bad_target);
   r.max = stats.max[o[kRow]];
   r.log_sum = stats.log_sum[o[kRow]];
-  r.target_sum = stats.target_sum != nullptr ? stats.target_sum[o[kRow]] : r.target.weight;
   if (!r.target.counted) {
     r.grad = 0;
   } else {
     const double grad = load_one<double>(a.grad_loss_dtype, a.grad_loss, o[kGradLoss]);
     r.grad = static_cast<A>(a.normalizer == nullptr ? grad : grad / *a.normalizer);
   }
+  const A target_sum = stats.target_sum != nullptr ? stats.target_sum[o[kRow]] : r.target.weight;
+  r.scale = r.grad * target_sum * exp(-r.log_sum);
   return r;
 }
 
-// dz = g*(S*softmax - t), without a class index's own term. Row values are Uniform along a row,
-// arrays across a tile; the class weight the other way round.
-template <bool kProbabilities, class Z, class A, class Row, class Weight, class D>
-LOSSOPS_INLINE void logit_gradient(const Z* z, const A* p, int64_t n, Row max, Row log_sum, Row grad_sum,
-                                   Row grad, Weight w, Smoothing<A> s, D* dz) {
-  // Nothing twice where dz stands in z's place.
-  for_each_lane<A>(n, static_cast<const void*>(z) != dz, [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
+// exp(z - max), where it was not kept.
+template <class Z, class Row>
+struct Exponentials {
+  const Z* z;
+  Row max;
+  LOSSOPS_INLINE auto operator[](int64_t i) const {
+    return exp(widen(z[i]) - max[i]);
+  }
+};
+
+// dz = g*(S*softmax - t), without a class index's own term; `e` is exp(z - max). Row values are Uniform along
+// a row, arrays across a tile; the class weight the other way round. Nothing may be computed `again` where dz
+// stands in z's place.
+template <bool kProbabilities, class E, class A, class Row, class Weight, class D>
+LOSSOPS_INLINE void logit_gradient(E e, const A* p, int64_t n, bool again, Row scale, Row grad, Weight w,
+                                   Smoothing<A> s, D* dz) {
+  for_each_lane<A>(n, again, [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
     const A t = target_weight<kProbabilities, A>(w[i], p, i, s);
-    const A value = grad_sum[i] * exp((widen(z[i]) - max[i]) - log_sum[i]) - grad[i] * t;
+    const A value = scale[i] * e[i] - grad[i] * t;
     if constexpr (std::is_same_v<Row, Uniform<A>>)
       narrow(value, dz[i]); // a row without a gradient is not looked at
     else
@@ -300,9 +337,10 @@ void zero_classes(const ClassTensor& out, int64_t offset, int64_t c0, int64_t c1
   for (int64_t c = c0; c < c1; ++c) store_one(out.dtype, A(0), out.data, offset + c * out.class_stride);
 }
 
-// Gradients of the classes [c0, c1) of one row.
+// Gradients of the classes [c0, c1) of one row, of whose exponentials all may have been `kept`.
 template <class A>
-void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, int64_t c1) {
+void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, int64_t c1,
+                  const A* kept = nullptr) {
   alignas(64) A z_buffer[kBlock], p_buffer[kBlock], out_buffer[kBlock];
   const Smoothing<A> smoothing(a);
   const RowGradient<A> r = row_gradient<A>(a, o);
@@ -311,31 +349,35 @@ void backward_row(const CrossEntropyBackward& a, const int64_t* o, int64_t c0, i
     if (a.grad_target.data != nullptr) zero_classes<A>(a.grad_target, o[kGradTarget], c0, c1);
     return;
   }
-  const Uniform<A> max{r.max}, log_sum{r.log_sum}, grad{r.grad}, grad_sum{r.grad * r.target_sum};
+  const Uniform<A> max{r.max}, log_sum{r.log_sum}, grad{r.grad}, scale{r.scale};
   for (int64_t c = c0; c < c1; c += kBlock) {
     const int64_t n = std::min(kBlock, c1 - c);
+    const auto write = [&](const ClassTensor& t, CrossEntropyOperand k, const auto& compute) {
+      with_place(t, o[k], c, n, out_buffer, is_streamed(a.rows.count * a.classes, t.dtype), compute);
+    };
     with_target<A>(a, o[kTarget], c, n, p_buffer, [&](auto probabilities, const A* p, auto w) {
-      const auto write = [&](const ClassTensor& t, CrossEntropyOperand k, const auto& compute) {
-        with_gradient(a.logits, o[kLogits], t, o[k], c, n, z_buffer, out_buffer,
-                      is_streamed(a.rows.count * a.classes, t.dtype), compute);
-      };
-      if (a.grad_target.data != nullptr)
-        write(a.grad_target, kGradTarget, [&](const auto* z, auto* dp) {
-          target_gradient(z, n, max, log_sum, grad, w, smoothing.keep, dp);
-        });
-      if (a.grad_logits.data == nullptr) return;
-      write(a.grad_logits, kGradLogits, [&](const auto* z, auto* dz) {
+      const auto to_logits = [&](auto e, bool in_place, auto* dz) {
         const int64_t y = r.target.index - c;
         const bool here = r.target.index >= 0 && 0 <= y && y < n;
-        const bool in_place = static_cast<const void*>(z) == dz;
         // Before it is overwritten; else when the loop has brought it in, and nothing waits for it.
-        A own = here && in_place ? widen(z[y]) : A(0);
-        logit_gradient<decltype(probabilities)::value>(z, p, n, max, log_sum, grad_sum, grad, w, smoothing,
-                                                       dz);
+        A own = here && in_place ? e[y] : A(0);
+        logit_gradient<decltype(probabilities)::value>(e, p, n, !in_place, scale, grad, w, smoothing, dz);
         if (!here) return;
-        if (!in_place) own = widen(z[y]);
+        if (!in_place) own = e[y];
         const A t = w[y] * smoothing.spread + smoothing.keep * r.target.weight;
-        narrow(grad_sum.value * exp((own - r.max) - r.log_sum) - r.grad * t, dz[y]);
+        narrow(r.scale * own - r.grad * t, dz[y]);
+      };
+      if (kept != nullptr)
+        return write(a.grad_logits, kGradLogits, [&](auto* dz) { to_logits(kept, false, dz); });
+      with_values(a.logits, o[kLogits], c, n, z_buffer, [&](const auto* z) {
+        using Z = std::remove_const_t<std::remove_reference_t<decltype(*z)>>;
+        if (a.grad_target.data != nullptr)
+          write(a.grad_target, kGradTarget,
+                [&](auto* dp) { target_gradient(z, n, max, log_sum, grad, w, smoothing.keep, dp); });
+        if (a.grad_logits.data != nullptr)
+          write(a.grad_logits, kGradLogits, [&](auto* dz) {
+            to_logits(Exponentials<Z, Uniform<A>>{z, max}, static_cast<const void*>(z) == dz, dz);
+          });
       });
     });
   }
@@ -547,14 +589,17 @@ struct ForwardRows {
 };
 
 // An ignored row is not read: nothing in it can reach the loss, NaN included.
-template <class A>
+// `kept_of(i)` is where the exponentials of row i go.
+template <class A, class KeptOf>
 void forward_rows(const CrossEntropyForward& a, const int64_t* o, int64_t n, double& loss_sum,
-                  double& weight_sum) {
+                  double& weight_sum, const KeptOf& kept_of) {
   ForwardRows<A> rows;
   int64_t i = 0;
   for_each_row(a.rows, o, n, [&](const int64_t* at) {
     const RowTarget<A> target = read_target<A>(a, at[kTarget], a.bad_target);
-    rows.put(i++, a, at, target, target.counted ? row_state<A>(a, at, 0, a.classes) : RowState<A>());
+    rows.put(i, a, at, target,
+             target.counted ? row_state<A>(a, at, 0, a.classes, kept_of(i)) : RowState<A>());
+    ++i;
   });
   rows.finish(a, o, n, loss_sum, weight_sum);
 }
@@ -627,7 +672,7 @@ template <class A>
 struct TileGradient {
   TileTarget<A> target;
   alignas(64) A max_buffer[kTile], log_sum_buffer[kTile],
-      target_sum_buffer[kTile], grad[kTile], grad_sum[kTile];
+      target_sum_buffer[kTile], grad[kTile], scale[kTile]; // as in RowGradient
   const A *max, *log_sum;
 
   TileGradient(const CrossEntropyBackward& a, const int64_t* o, int64_t n) : target(a, o, n, a.bad_target) {
@@ -651,7 +696,7 @@ struct TileGradient {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       grad[i] = target.counted[i] != 0 ? grad[i] : A(0);
-      grad_sum[i] = grad[i] * target_sum[i];
+      scale[i] = grad[i] * target_sum[i] * exp(-log_sum[i]);
     }
   }
 };
@@ -663,7 +708,7 @@ void backward_tile(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
   A* out[kTileClasses];
   const Smoothing<A> smoothing(a);
   const TileGradient<A> r(a, o, n);
-  const A *max = r.max, *log_sum = r.log_sum, *grad = r.grad, *grad_sum = r.grad_sum;
+  const A *max = r.max, *log_sum = r.log_sum, *grad = r.grad, *scale = r.scale;
   for (int64_t c0 = 0; c0 < a.classes; c0 += kTileClasses) {
     const int64_t k = std::min(kTileClasses, a.classes - c0);
     z(a.logits, o[kLogits], a.rows.inner_stride(kLogits), c0, k, n, false);
@@ -689,12 +734,13 @@ void backward_tile(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
     if (a.grad_logits.data == nullptr) continue;
     place(a.grad_logits, o[kGradLogits], a.rows.inner_stride(kGradLogits));
     for (int64_t c = 0; c < k; ++c) {
+      const Exponentials<A, const A*> e{z.classes[c], max};
+      const bool again = z.classes[c] != out[c];
       if (a.index_target())
-        logit_gradient<false>(z.classes[c], static_cast<const A*>(nullptr), n, max, log_sum, grad_sum, grad,
-                              weight(c), smoothing, out[c]);
+        logit_gradient<false>(e, static_cast<const A*>(nullptr), n, again, scale, grad, weight(c), smoothing,
+                              out[c]);
       else
-        logit_gradient<true>(z.classes[c], p.classes[c], n, max, log_sum, grad_sum, grad, weight(c),
-                             smoothing, out[c]);
+        logit_gradient<true>(e, p.classes[c], n, again, scale, grad, weight(c), smoothing, out[c]);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t y = r.target.index[i] - c0;
@@ -730,10 +776,10 @@ inline bool is_flat(const CrossEntropyBackward& a) {
 
 // `live`: 0 where no gradient arrives. `own`: what a class index takes from its class, 0 elsewhere.
 template <bool kSmoothing, class Z, class A, class Own, class D>
-LOSSOPS_INLINE void flat_gradient(const Z* z, int64_t n, const A* max, const A* log_sum, const A* grad_sum,
-                                  const A* live, Own own, A spread, D* dz) {
+LOSSOPS_INLINE void flat_gradient(const Z* z, int64_t n, const A* max, const A* scale, const A* live, Own own,
+                                  A spread, D* dz) {
   for_each_lane<A>(n, static_cast<const void*>(z) != dz, [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
-    A value = grad_sum[i] * exp((widen(z[i]) - max[i]) - log_sum[i]) - own[i];
+    A value = scale[i] * exp(widen(z[i]) - max[i]) - own[i];
     if constexpr (kSmoothing) value -= live[i] * spread;
     narrow(live[i] == 0 ? A(0) : value, dz[i]);
   });
@@ -741,8 +787,7 @@ LOSSOPS_INLINE void flat_gradient(const Z* z, int64_t n, const A* max, const A* 
 
 template <class A>
 void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
-  alignas(64) A max[kFlat + kSpread], log_sum[kFlat + kSpread], grad_sum[kFlat + kSpread],
-      grad[kFlat + kSpread];
+  alignas(64) A max[kFlat + kSpread], scale[kFlat + kSpread], grad[kFlat + kSpread];
   alignas(64) A z_buffer[kFlat], out_buffer[kFlat], own[kFlat] = {};
   const Smoothing<A> smoothing(a);
   const TileGradient<A> r(a, o, n);
@@ -750,14 +795,13 @@ void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
   for (int64_t i0 = 0; i0 < n; i0 += group) {
     const int64_t rows = std::min(group, n - i0), elements = rows * a.classes;
     spread(r.max + i0, rows, a.classes, max);
-    spread(r.log_sum + i0, rows, a.classes, log_sum);
-    spread(r.grad_sum + i0, rows, a.classes, grad_sum);
+    spread(r.scale + i0, rows, a.classes, scale);
     if (smoothing.spread != 0) spread(r.grad + i0, rows, a.classes, grad);
     const auto gradient = [&](const auto* z, auto own_terms, auto* dz) {
       if (smoothing.spread != 0)
-        flat_gradient<true>(z, elements, max, log_sum, grad_sum, grad, own_terms, smoothing.spread, dz);
+        flat_gradient<true>(z, elements, max, scale, grad, own_terms, smoothing.spread, dz);
       else
-        flat_gradient<false>(z, elements, max, log_sum, grad_sum, grad_sum, own_terms, A(0), dz);
+        flat_gradient<false>(z, elements, max, scale, scale, own_terms, A(0), dz);
     };
     const auto for_each_own = [&](const auto& f) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -765,17 +809,18 @@ void backward_flat(const CrossEntropyBackward& a, const int64_t* o, int64_t n) {
         if (y >= 0) f(i * a.classes + y, r.grad[i0 + i] * smoothing.keep * r.target.weight[i0 + i]);
       }
     };
-    with_gradient(a.logits, o[kLogits], a.grad_logits, o[kGradLogits], i0 * a.classes, elements, z_buffer,
-                  out_buffer, false, [&](const auto* z, auto* dz) {
-                    if constexpr (std::is_same_v<A, std::remove_reference_t<decltype(*dz)>>) {
-                      gradient(z, Uniform<A>{0}, dz);
-                      for_each_own([&](int64_t at, A term) { dz[at] -= term; });
-                    } else { // too late once it is rounded
-                      for_each_own([&](int64_t at, A term) { own[at] = term; });
-                      gradient(z, static_cast<const A*>(own), dz);
-                      for_each_own([&](int64_t at, A) { own[at] = 0; });
-                    }
-                  });
+    with_values(a.logits, o[kLogits], i0 * a.classes, elements, z_buffer, [&](const auto* z) {
+      with_place(a.grad_logits, o[kGradLogits], i0 * a.classes, elements, out_buffer, false, [&](auto* dz) {
+        if constexpr (std::is_same_v<A, std::remove_reference_t<decltype(*dz)>>) {
+          gradient(z, Uniform<A>{0}, dz);
+          for_each_own([&](int64_t at, A term) { dz[at] -= term; });
+        } else { // too late once it is rounded
+          for_each_own([&](int64_t at, A term) { own[at] = term; });
+          gradient(z, static_cast<const A*>(own), dz);
+          for_each_own([&](int64_t at, A) { own[at] = 0; });
+        }
+      });
+    });
   }
 }
 
@@ -791,16 +836,31 @@ inline bool along_rows(const CrossEntropyProblem& a) {
   return a.rows.inner_size() < few_rows;
 }
 
+inline bool keeps_exponentials(const CrossEntropyProblem& a) {
+  return along_rows(a) && a.classes <= kBlock;
+}
+
+template <class A>
+int64_t kept_stride(const CrossEntropyProblem& a) {
+  return (a.classes + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
 // Rows at a time: where they lie side by side, enough of each class for the prefetcher to follow its
 // stream; else few enough for L1 to keep the tile while it is turned.
 inline int64_t tile_rows(const CrossEntropyProblem& a) {
   return a.rows.inner_stride(kLogits) == 1 && a.classes > 1 ? kTile : 128;
 }
 
+// The same, or as many rows as their exponentials can be kept of.
+template <class A>
+int64_t run_rows(const CrossEntropyProblem& a) {
+  return keeps_exponentials(a) ? std::min(kTile, kKept / kept_stride<A>(a)) : tile_rows(a);
+}
+
 // What forward_range will add to the divisor of the mean, bit for bit.
 template <class A>
 void weigh_range(const CrossEntropyForward& a, int64_t begin, int64_t end, double& weight_sum) {
-  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
+  for_each_run(a.rows, begin, end, run_rows<A>(a), [&](const int64_t* o, int64_t n) {
     weight_sum += tile_sum(TileTarget<A>(a, o, n, a.bad_target).weight, n);
   });
 }
@@ -809,9 +869,9 @@ template <class A>
 void forward_range(const CrossEntropyForward& a, int64_t begin, int64_t end, double& loss_sum,
                    double& weight_sum) {
   const bool rows = along_rows(a);
-  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
+  for_each_run(a.rows, begin, end, run_rows<A>(a), [&](const int64_t* o, int64_t n) {
     if (!rows) return forward_tile<A>(a, o, n, loss_sum, weight_sum);
-    forward_rows<A>(a, o, n, loss_sum, weight_sum);
+    forward_rows<A>(a, o, n, loss_sum, weight_sum, [](int64_t) { return Forgotten(); });
   });
 }
 
@@ -821,7 +881,7 @@ void forward_chunk(const CrossEntropyForward& a, int64_t row, int64_t c0, int64_
   int64_t o[kCrossEntropyOperands];
   a.rows.offsets(row, o);
   if (read_target<A>(a, o[kTarget], a.bad_target).counted)
-    *static_cast<RowState<A>*>(state) = row_state<A>(a, o, c0, c1);
+    *static_cast<RowState<A>*>(state) = row_state<A>(a, o, c0, c1, Forgotten());
   else
     *static_cast<RowState<A>*>(state) = RowState<A>();
 }
@@ -850,9 +910,32 @@ void backward_chunk(const CrossEntropyBackward& a, int64_t row, int64_t c0, int6
 template <class A>
 void backward_range(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
   const bool rows = along_rows(a), flat = is_flat(a);
-  for_each_run(a.rows, begin, end, tile_rows(a), [&](const int64_t* o, int64_t n) {
+  for_each_run(a.rows, begin, end, run_rows<A>(a), [&](const int64_t* o, int64_t n) {
     if (!rows) return flat ? backward_flat<A>(a, o, n) : backward_tile<A>(a, o, n);
     for_each_row(a.rows, o, n, [&](const int64_t* at) { backward_row<A>(a, at, 0, a.classes); });
+  });
+  end_of_stream();
+}
+
+// Both passes over the rows while they are in the caches: the same results, bit for bit. `gradient` has no
+// gradient of a target.
+template <class A>
+void forward_backward_range(const CrossEntropyForward& a, const CrossEntropyBackward& gradient, int64_t begin,
+                            int64_t end, double& loss_sum, double& weight_sum) {
+  if (!keeps_exponentials(a)) {
+    forward_range<A>(a, begin, end, loss_sum, weight_sum);
+    backward_range<A>(gradient, begin, end);
+    return;
+  }
+  alignas(64) A kept[kKept];
+  const int64_t stride = kept_stride<A>(a);
+  for_each_run(a.rows, begin, end, run_rows<A>(a), [&](const int64_t* o, int64_t n) {
+    forward_rows<A>(a, o, n, loss_sum, weight_sum, [&](int64_t i) { return Kept<A>{kept + i * stride}; });
+    const A* of_row = kept;
+    for_each_row(a.rows, o, n, [&](const int64_t* at) {
+      backward_row<A>(gradient, at, 0, a.classes, of_row);
+      of_row += stride;
+    });
   });
   end_of_stream();
 }
