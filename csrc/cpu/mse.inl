@@ -120,14 +120,26 @@ LOSSOPS_INLINE void for_each_masked_run(const MSEProblem& a, int64_t begin, int6
   });
 }
 
-// Adds term(i) for each i below n that counts, and its weight (w null: 1): short sums in A, lane by lane, and
-// sums in double of these.
+// Sums of terms and of weights, lane by lane: one vector of them, since memory keeps up with two streams
+// better than with four.
+template <class A>
+struct LaneSums {
+  static constexpr int64_t lanes = kLanes<A> / 2;
+  alignas(64) double terms[lanes] = {}, weights[lanes] = {};
+  double rest = 0, weight_rest = 0;
+
+  void add_to(double& sum, double& weight_sum) {
+    const auto plus = [](double a, double b) { return a + b; };
+    sum += fold(terms, plus) + rest;
+    weight_sum += fold(weights, plus) + weight_rest;
+  }
+};
+
+// Adds term(i) for each i below n that counts, and its weight (w null: 1): short sums in A, and sums in
+// double of these.
 template <bool kWeighted, class A, class F, class Counts>
-LOSSOPS_INLINE void add_terms(int64_t n, const F& term, const A* w, Counts counts, double& sum,
-                              double& weight_sum) {
-  constexpr int64_t lanes = kLanes<A> / 2; // one vector: memory keeps up with two streams better than four
-  constexpr int64_t piece = 16 * lanes;
-  alignas(64) double sums[lanes] = {}, weight_sums[lanes] = {};
+LOSSOPS_INLINE void add_terms(int64_t n, const F& term, const A* w, Counts counts, LaneSums<A>& sums) {
+  constexpr int64_t lanes = LaneSums<A>::lanes, piece = 16 * lanes;
   int64_t i = 0;
   for (; i + piece <= n; i += piece) {
     alignas(64) A part[lanes] = {}, weight_part[lanes] = {};
@@ -141,8 +153,8 @@ LOSSOPS_INLINE void add_terms(int64_t n, const F& term, const A* w, Counts count
     }
 #pragma omp simd
     for (int64_t k = 0; k < lanes; ++k) {
-      sums[k] += part[k];
-      if constexpr (kWeighted) weight_sums[k] += weight_part[k];
+      sums.terms[k] += part[k];
+      if constexpr (kWeighted) sums.weights[k] += weight_part[k];
     }
   }
   A rest = 0, weight_rest = 0;
@@ -153,24 +165,37 @@ LOSSOPS_INLINE void add_terms(int64_t n, const F& term, const A* w, Counts count
       if constexpr (kWeighted) weight_rest += counts.keep(k, w[k]);
     }
   }
-  const auto plus = [](double a, double b) { return a + b; };
-  sum += fold(sums, plus) + rest;
-  weight_sum += kWeighted ? fold(weight_sums, plus) + weight_rest : static_cast<double>(counts.of(n));
+  sums.rest += rest;
+  sums.weight_rest += kWeighted ? weight_rest : static_cast<double>(counts.of(n));
 }
 
 // Adds the losses of n elements, and their weights.
 template <class A, class X, class Counts>
-LOSSOPS_INLINE void add_losses(const X* x, const X* y, const A* w, int64_t n, Counts counts, double& sum,
-                               double& weight_sum) {
+LOSSOPS_INLINE void add_losses(const X* x, const X* y, const A* w, int64_t n, Counts counts,
+                               LaneSums<A>& sums) {
   const auto square = [&](int64_t i) LOSSOPS_INLINE_LAMBDA {
     const A d = static_cast<A>(widen(x[i])) - static_cast<A>(widen(y[i]));
     return d * d;
   };
   const auto weighted = [&](int64_t i) LOSSOPS_INLINE_LAMBDA { return w[i] * square(i); };
   if (w == nullptr)
-    add_terms<false>(n, square, w, counts, sum, weight_sum);
+    add_terms<false>(n, square, w, counts, sums);
   else
-    add_terms<true>(n, weighted, w, counts, sum, weight_sum);
+    add_terms<true>(n, weighted, w, counts, sums);
+}
+
+// The same of operands that come from memory. It is read in pieces of one operand and then of the other: line
+// by line in turns takes half as long again.
+template <class A, class X>
+LOSSOPS_INLINE void add_far_losses(const X* x, const X* y, const A* w, int64_t n, LaneSums<A>& sums) {
+  constexpr int64_t piece = 2048 / sizeof(X);
+  alignas(64) X copy[piece];
+  for (int64_t i = 0; i < n; i += piece) {
+    const int64_t m = std::min(piece, n - i);
+#pragma omp simd
+    for (int64_t k = 0; k < m; ++k) copy[k] = x[i + k];
+    add_losses<A, X>(copy, y + i, w == nullptr ? nullptr : w + i, m, Everything(), sums);
+  }
 }
 
 template <class A>
@@ -184,8 +209,7 @@ void store_zeros(const MSEProblem& a, const Elements& t, MSEOperand k, const int
 }
 
 template <class A, class Counts>
-void forward_run(const MSEForward& a, const int64_t* o, int64_t n, Counts counts, double& sum,
-                 double& weight_sum) {
+void forward_run(const MSEForward& a, const int64_t* o, int64_t n, Counts counts, LaneSums<A>& sums) {
   Buffers<A> b;
   const auto operand = [&](const Elements& t, MSEOperand k, A absent, A* buffer) {
     return load_operand(t, o[k], a.elements.inner_stride(k), n, absent, buffer);
@@ -193,7 +217,7 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, Counts counts
   const A* w = a.weight.data != nullptr ? operand(a.weight, kWeight, 1, b.weight) : nullptr;
   const bool none = a.reduction == Reduction::none, along = a.input_tangent.data != nullptr;
   const A *x = operand(a.input, kInput, 0, b.input), *y = operand(a.target, kTargetElement, 0, b.target);
-  if (!none && !along) return add_losses<A>(x, y, w, n, counts, sum, weight_sum);
+  if (!none && !along) return add_losses<A>(x, y, w, n, counts, sums);
   const int64_t stride = a.elements.inner_stride(kOut);
   A* out = none ? destination(a.out.dtype, a.out.data, o[kOut], stride, b.other) : b.other;
   const auto fill = [&](auto weight) {
@@ -218,9 +242,9 @@ void forward_run(const MSEForward& a, const int64_t* o, int64_t n, Counts counts
   }
   const auto computed = [&](int64_t i) LOSSOPS_INLINE_LAMBDA { return out[i]; };
   if (w == nullptr)
-    add_terms<false>(n, computed, w, counts, sum, weight_sum);
+    add_terms<false>(n, computed, w, counts, sums);
   else
-    add_terms<true>(n, computed, w, counts, sum, weight_sum);
+    add_terms<true>(n, computed, w, counts, sums);
 }
 
 // grad_input = 2*g*w*(x - y), grad_target its negative.
@@ -279,26 +303,32 @@ bool stand_alone(const MSEForward& a) {
 
 template <class A>
 void forward_range(const MSEForward& a, int64_t begin, int64_t end, double& sum, double& weight_sum) {
+  LaneSums<A> sums;
   if (stand_alone<A>(a)) // in runs as long as they come, for each start costs
-    return for_each_run(a.elements, begin, end, end - begin, [&](const int64_t* o, int64_t n) {
+    for_each_run(a.elements, begin, end, end - begin, [&](const int64_t* o, int64_t n) {
       const A* w = a.weight.data == nullptr ? nullptr : static_cast<const A*>(a.weight.data) + o[kWeight];
       const auto add = [&](auto* type) {
         using X = std::remove_reference_t<decltype(*type)>;
-        add_losses<A>(static_cast<const X*>(a.input.data) + o[kInput],
-                      static_cast<const X*>(a.target.data) + o[kTargetElement], w, n, Everything(), sum,
-                      weight_sum);
+        const X* x = static_cast<const X*>(a.input.data) + o[kInput];
+        const X* y = static_cast<const X*>(a.target.data) + o[kTargetElement];
+        if (is_streamed(a.elements.count, a.input.dtype))
+          add_far_losses<A>(x, y, w, n, sums);
+        else
+          add_losses<A>(x, y, w, n, Everything(), sums);
       };
       if (std::is_same_v<A, float> && a.input.dtype == DType::bf16)
         add(static_cast<BFloat16*>(nullptr));
       else
         add(static_cast<A*>(nullptr));
     });
-  for_each_masked_run<A>(
-      a, begin, end,
-      [&](const int64_t* o, int64_t n, auto counts) { forward_run<A>(a, o, n, counts, sum, weight_sum); },
-      [&](const int64_t* o, int64_t n) {
-        if (a.reduction == Reduction::none) store_zeros<A>(a, a.out, kOut, o, n);
-      });
+  else
+    for_each_masked_run<A>(
+        a, begin, end,
+        [&](const int64_t* o, int64_t n, auto counts) { forward_run<A>(a, o, n, counts, sums); },
+        [&](const int64_t* o, int64_t n) {
+          if (a.reduction == Reduction::none) store_zeros<A>(a, a.out, kOut, o, n);
+        });
+  sums.add_to(sum, weight_sum);
 }
 
 template <class A>
