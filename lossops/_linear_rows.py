@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _rows
+from . import _C, _rows
 from ._autograd import accumulation, differentiates_backward, is_batched, is_transformed, ordered_sum
 from ._distributed import replicated
 from ._explain import note
@@ -39,7 +39,7 @@ _CPU_HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 CHUNK_ELEMENTS = 1 << 24
 
 # What a product is converted by where that takes a buffer: 2 or 4 MiB that stay in the cache.
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ELEMENTS = 1 << 20
 
 
 class Head(NamedTuple):
@@ -240,6 +240,19 @@ def _check_target(head: Head) -> None:
         )
 
 
+def _chunk_buffer(like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory of (rows, width) that goes back to the system when it is freed.
+
+    glibc keeps blocks of up to 32 MiB once a program has freed one of their size: it is asked for more, and
+    what nobody touches takes no memory.
+    """
+    elements = rows * width
+    most_kept = 2**25 // dtype.itemsize
+    if like.device.type == "cpu" and most_kept // 4 <= elements <= most_kept:
+        return like.new_empty(most_kept + 1, dtype=dtype)[:elements].view(rows, width)
+    return like.new_empty((rows, width), dtype=dtype)
+
+
 def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
     """The chunks of all rows that count, in one buffer of logits, with the targets of `own`.
 
@@ -255,7 +268,7 @@ def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
         if not counted.all():
             picked = counted.nonzero().squeeze(1)
             count = picked.shape[0]
-    buffer = head.x.new_empty((min(head.chunk, count), width), dtype=dtype)
+    buffer = _chunk_buffer(head.x, min(head.chunk, count), width, dtype)
     base = _Layer(head.weight, dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
     for start in range(0, count, head.chunk):
@@ -767,7 +780,27 @@ def _times(grad: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool, zero: b
     result = grad * factor if keep else grad.mul_(factor)
     if zero:
         result.masked_fill_(factor == 0, 0)
-    return result.to(dtype)
+    return result.to(dtype) if keep else _rounded(result, dtype)
+
+
+def _rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sums` in `dtype`, which nobody needs afterwards: large ones go back to the system block by block.
+
+    Or the sums of a large weight and its gradient at once would be the step's peak.
+    """
+    if sums.dtype == dtype or sums.numel() < 2 * _BLOCK_ELEMENTS or not _is_memory(sums):
+        return sums.to(dtype)
+    result = torch.empty_like(sums, dtype=dtype)
+    for part, rounded in zip(*(x.flatten().split(_BLOCK_ELEMENTS) for x in (sums, result)), strict=True):
+        rounded.copy_(part)
+        _C.drop_pages(part.data_ptr(), part.nbytes)
+    return result
+
+
+def _is_memory(x: Tensor) -> bool:
+    """Whether `x` is elements one behind the other in this process, not somebody's idea of them."""
+    plain = type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return plain and x.device.type == "cpu" and x.is_contiguous()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ SHAPES = (
     (130, 47),
     (67, 48),  # along each row
     (33, 129),
+    (400, 49),  # more rows than exponentials are kept of at a time
+    (5, 2048),  # the longest whose exponentials are kept
     (5, 2049),
     (2, 70001),  # rows cut into pieces
     (3, 4, 7, 41),  # across tiles of neighbouring rows
