@@ -62,7 +62,9 @@ def test_traffic(traffic: dict[tuple[str, str, str], Traffic], case: str, op: st
 @counted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["forward", "backward"])
-@pytest.mark.parametrize("case", [case for case in LIMITS if not case.startswith("MSE")])
+@pytest.mark.parametrize(
+    "case", [*(case for case in LIMITS if not case.startswith("MSE")), "512 x 1000", "4096 x 10, capped"]
+)
 def test_no_bank_conflicts(
     traffic: dict[tuple[str, str, str], Traffic], case: str, op: str, dtype: str
 ) -> None:

@@ -453,6 +453,11 @@ struct ShortRows {
   int classes;
   int stride;          // more than `classes` where threads that read one class would meet in a bank
   unsigned reciprocal; // 2^32/classes, rounded up: exact for the few thousand elements of a tile
+  // Rows an even number of elements apart, and classes with them, are moved in pairs: one by one, threads
+  // would meet in every second bank.
+  LOSSOPS_DEVICE bool in_pairs() const {
+    return stride % 2 == 0;
+  }
 };
 
 template <class T>
@@ -498,30 +503,59 @@ struct ShortTile {
   }
 };
 
+template <class T>
+struct alignas(2 * sizeof(T)) ShortPair {
+  T of[2];
+};
+
+// N neighbouring classes of a row in shared memory.
+template <int N, class T>
+LOSSOPS_DEVICE void load_short(const T* from, bool in_pairs, T (&to)[N]) {
+  if (N % 2 == 0 && in_pairs) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {
+      const auto pair = *reinterpret_cast<const ShortPair<T>*>(from + k);
+      to[k] = pair.of[0], to[k + 1] = pair.of[1];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) to[k] = from[k];
+  }
+}
+
+template <int N, class T>
+LOSSOPS_DEVICE void store_short(T* to, bool in_pairs, const T (&from)[N]) {
+  if (N % 2 == 0 && in_pairs) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) *reinterpret_cast<ShortPair<T>*>(to + k) = {from[k], from[k + 1]};
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) to[k] = from[k];
+  }
+}
+
 // f(c, logit) for the classes of a thread's row in shared memory, one by one; what it returns, if anything,
-// takes the logit's place. Rows an even number of elements apart, and classes with them, are moved in pairs:
-// one by one they would meet in every second bank.
+// takes the logit's place.
 template <class A, class T, class F>
 LOSSOPS_DEVICE void for_short_row(T* row, const ShortRows& rows, const F& f) {
   constexpr bool kWrites = !std::is_void_v<decltype(f(0, A()))>;
-  const auto visit = [&](int c, T& logit) {
-    if constexpr (kWrites)
-      logit = round_to<T>(f(c, widen<A>(logit)));
-    else
-      f(c, widen<A>(logit));
-  };
-  struct alignas(2 * sizeof(T)) Pair {
-    T of[2];
-  };
-  if (rows.stride % 2 == 0) {
-    for (int c = 0; c < rows.classes; c += 2) {
-      Pair pair = *reinterpret_cast<const Pair*>(row + c);
-      visit(c, pair.of[0]);
-      visit(c + 1, pair.of[1]);
-      if constexpr (kWrites) *reinterpret_cast<Pair*>(row + c) = pair;
+  const auto visit = [&](auto count, int first) {
+    constexpr int kCount = decltype(count)::value;
+    T logit[kCount];
+    load_short(row + first, true, logit);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if constexpr (kWrites)
+        logit[k] = round_to<T>(f(first + k, widen<A>(logit[k])));
+      else
+        f(first + k, widen<A>(logit[k]));
     }
+    if constexpr (kWrites) store_short(row + first, true, logit);
+  };
+  if (rows.in_pairs()) {
+    for (int c = 0; c < rows.classes; c += 2) visit(Count<2>(), c);
   } else {
-    for (int c = 0; c < rows.classes; ++c) visit(c, row[c]);
+    for (int c = 0; c < rows.classes; ++c) visit(Count<1>(), c);
   }
 }
 

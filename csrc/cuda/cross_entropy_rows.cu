@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
   using Row = RowPack<T, A, 1>;
   __shared__ SharedStates<A, kShort ? 1 : kThreads> shared;
   __shared__ A target_logits[kShort ? 1 : kThreads];
-  const int lane = threadIdx.x / tiling.across, lanes = kThreads / tiling.across;
+  const int lane = kShort ? 0 : threadIdx.x / tiling.across, lanes = kShort ? 1 : kThreads / tiling.across;
   const int classes = static_cast<int>(a.classes);
   const Smoothing<A> smoothing(a);
   const Transform<A> transform(a);
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
     const bool here = row < a.rows.count;
     int64_t o[kCrossEntropyOperands];
     a.rows.offsets(here ? row : 0, o);
-    const Row z = row_of_tile<T, A, kShort>(a.logits, o[kLogits], short_rows),
-              p(a.index_target() ? ClassTensor() : a.target, o[kTarget]);
+    const TileRow<T, A, kShort> z(a.logits, o[kLogits], short_rows);
+    const Row p(kShort || a.index_target() ? ClassTensor() : a.target, o[kTarget]);
     if constexpr (kShort) {
       __syncthreads(); // the tile before has been read
       ShortTile(a, short_rows, row / kThreads)
@@ -307,9 +307,9 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       constexpr int kCount = decltype(count)::value;
       typename Row::Raw raw[kCount], probabilities[kCount] = {};
       A logit[kCount], u[kCount], t[kCount];
+      z.fetch(first, lanes, raw);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        raw[k] = z.fetch(first + k * lanes);
         if (p.present()) probabilities[k] = p.fetch(first + k * lanes);
         t[k] = weight != nullptr ? weight[first + k * lanes] : A(1);
       }
@@ -322,12 +322,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       transform.apply(logit, u);
       state.template add<T, true>(u, t, first, lanes, a.entropy);
     };
-    if (target.counted) {
-      int c = lane;
-      for (; c + (kTileClasses - 1) * lanes < classes; c += kTileClasses * lanes)
-        add(Count<kTileClasses>(), c);
-      for (; c < classes; c += lanes) add(Count<1>(), c);
-    }
+    if (target.counted) for_tile_classes<kShort>(lane, lanes, classes, add);
     if (!kShort && lanes > 1) { // the rows' other threads
       __syncthreads();          // the tile before has been read
       shared.set(threadIdx.x, state);

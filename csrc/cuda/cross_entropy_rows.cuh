@@ -57,17 +57,63 @@ LOSSOPS_DEVICE A times(A x, A y) {
   return x == 0 ? A(0) : x * y;
 }
 
+// A thread's row of a tile, several classes `step` apart at a time; its copy in shared memory where kShort.
+template <class T, class A, bool kShort>
+struct TileRow : RowPack<T, A, 1> {
+  using RowPack<T, A, 1>::fetch, RowPack<T, A, 1>::store;
+  using Raw = typename RowPack<T, A, 1>::Raw;
+  LOSSOPS_DEVICE TileRow(const ClassTensor& t, int64_t offset, const ShortRows&)
+      : RowPack<T, A, 1>(t, offset) {}
+  template <int N>
+  LOSSOPS_DEVICE void fetch(int first, int step, Raw (&raw)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) raw[k] = fetch(first + k * step);
+  }
+  template <int N>
+  LOSSOPS_DEVICE void store(int first, int step, const A (&x)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) store(first + k * step, {x[k]});
+  }
+};
+
+template <class T, class A>
+struct TileRow<T, A, true> {
+  T* data;
+  bool in_pairs;
+  LOSSOPS_DEVICE TileRow(const ClassTensor& t, int64_t, const ShortRows& rows)
+      : data(t.data == nullptr ? nullptr : short_rows_memory<T>() + threadIdx.x * rows.stride),
+        in_pairs(rows.in_pairs()) {}
+  LOSSOPS_DEVICE bool present() const {
+    return data != nullptr;
+  }
+  template <int N>
+  LOSSOPS_DEVICE void fetch(int first, int, T (&raw)[N]) const {
+    load_short(data + first, in_pairs, raw);
+  }
+  template <int N>
+  LOSSOPS_DEVICE void store(int first, int, const A (&x)[N]) const {
+    T raw[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) raw[k] = round_to<T>(x[k]);
+    store_short(data + first, in_pairs, raw);
+  }
+};
+
 constexpr int kTileClasses = 4; // of a row that a thread of a tile reads at a time
 
-// A thread's row of a tile: its copy in shared memory where kShort.
-template <class T, class A, bool kShort>
-LOSSOPS_DEVICE RowPack<T, A, 1> row_of_tile(const ClassTensor& tensor, int64_t offset,
-                                            const ShortRows& rows) {
+// f(count, c) for `count` classes `step` apart, from c on, of those that a thread of a tile begins at
+// `first`.
+template <bool kShort, class F>
+LOSSOPS_DEVICE void for_tile_classes(int first, int step, int classes, const F& f) {
+  int c = first;
+  for (; c + (kTileClasses - 1) * step < classes; c += kTileClasses * step) f(Count<kTileClasses>(), c);
   if constexpr (kShort) {
-    if (tensor.data != nullptr)
-      return {ClassTensor{short_rows_memory<T>(), tensor.dtype, 1}, int64_t{threadIdx.x} * rows.stride};
+    if (c + 1 < classes) {
+      f(Count<2>(), c);
+      c += 2;
+    }
   }
-  return {tensor, offset};
+  for (; c < classes; c += step) f(Count<1>(), c);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
                       const __grid_constant__ Tiling tiling, const __grid_constant__ ShortRows short_rows) {
   using Row = RowPack<T, A, 1>;
   __shared__ A shared[kShort ? 1 : kThreads];
-  const int lane = threadIdx.x / tiling.across, lanes = kThreads / tiling.across;
+  const int lane = kShort ? 0 : threadIdx.x / tiling.across, lanes = kShort ? 1 : kThreads / tiling.across;
   const int classes = static_cast<int>(a.classes);
   const Smoothing<A> smoothing(a);
   const Transform<A> transform(a);
@@ -246,9 +246,10 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
     const bool here = row < a.rows.count;
     int64_t o[kCrossEntropyOperands];
     a.rows.offsets(here ? row : 0, o);
-    const Row z = row_of_tile<T, A, kShort>(a.logits, o[kLogits], short_rows),
-              dz = row_of_tile<T, A, kShort>(a.grad_logits, o[kGradLogits], short_rows),
-              p(a.index_target() ? ClassTensor() : a.target, o[kTarget]), dp(a.grad_target, o[kGradTarget]);
+    const TileRow<T, A, kShort> z(a.logits, o[kLogits], short_rows),
+        dz(a.grad_logits, o[kGradLogits], short_rows);
+    const Row p(kShort || a.index_target() ? ClassTensor() : a.target, o[kTarget]),
+        dp(kShort ? ClassTensor() : a.grad_target, o[kGradTarget]);
     if constexpr (kShort) {
       __syncthreads(); // the tile before has been written
       ShortTile(a, short_rows, row / kThreads)
@@ -263,11 +264,10 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       typename Row::Raw raw[kCount] = {}, probabilities[kCount] = {};
       A logit[kCount], u[kCount], out[kCount];
       if (r.active) {
+        z.fetch(first, lanes, raw);
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-          raw[k] = z.fetch(first + k * lanes);
+        for (int k = 0; k < kCount; ++k)
           if (p.present()) probabilities[k] = p.fetch(first + k * lanes);
-        }
       }
 #pragma unroll
       for (int k = 0; k < kCount; ++k) logit[k] = Row::element(raw[k], 0);
@@ -283,15 +283,10 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       }
       if (r.active) through_transform(transform, logit, u, out, a.grad_scale != nullptr, scale_sum);
 #pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (dz.present()) dz.store(first + k * lanes, {r.active ? out[k] : A(0)});
+      for (int k = 0; k < kCount; ++k) out[k] = r.active ? out[k] : A(0);
+      if (dz.present()) dz.store(first, lanes, out);
     };
-    if (here) {
-      int c = lane;
-      for (; c + (kTileClasses - 1) * lanes < classes; c += kTileClasses * lanes)
-        write(Count<kTileClasses>(), c);
-      for (; c < classes; c += lanes) write(Count<1>(), c);
-    }
+    if (here) for_tile_classes<kShort>(lane, lanes, classes, write);
     if (kShort && dz.present()) {
       __syncthreads();
       if constexpr (kShort)
