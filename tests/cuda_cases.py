@@ -139,10 +139,15 @@ def check_cross_entropy(
         expected = {NONE: exact.loss, MEAN: total / divisor, SUM: total}[reduction]
         assert_near(loss, expected, scale=5, message="loss")
         assert_near(normalizer, divisor, torch.float32, message="normalizer")
+        if not dense:
+            assert (stats[:, target == ignored] == 0).all(), "stats of ignored rows"
 
+        # 1, as of a loss that is the last step; 0 leaves zeros, whatever the logits are
         upstream = torch.randn(exact.loss.shape if reduction == NONE else ())
-        if reduction == NONE and upstream.numel() > 1:
-            upstream.view(-1)[-1] = 0  # leaves zeros, whatever the logits are
+        if reduction == SUM:
+            upstream.fill_(1)
+        elif reduction == NONE and upstream.numel() > 1:
+            upstream.view(-1)[0], upstream.view(-1)[-1] = 1, 0
         given = ops().cross_entropy_backward(
             upstream, logits, target, weight, stats, normalizer if reduction == MEAN else None, *options,
             True, dense,
@@ -209,6 +214,8 @@ def check_kind(
 # several rows, tiles or chunks of rows in turn, the last of them in part.
 WAYS = {
     "short rows": (397, 7),
+    "short rows, in pairs": (397, 10),
+    "short rows, in fours": (397, 12),
     "short rows, pushed apart": (397, 8),
     "short rows, one class": (397, 1),
     "lanes": (450, 37),
@@ -368,8 +375,9 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
 
     def no_classes() -> None:
         logits = drawn((3, 0), dtype)
-        loss, stats, _ = ops().cross_entropy_forward(logits, logits, None, NONE, IGNORED, 0.0, None)
+        loss, stats, normalizer = ops().cross_entropy_forward(logits, logits, None, NONE, IGNORED, 0.0, None)
         assert_near(loss, torch.zeros(3), message="loss")
+        assert normalizer == 0, "of no classes there is no mean"
         assert_near(stats[1], torch.zeros(3), message="log_sum")
 
     yield "no classes", no_classes
@@ -384,6 +392,15 @@ def edges(dtype: torch.dtype) -> Iterator[Case]:
                 check_kind(kind, logits.view(2, classes, 1, 1).expand(2, classes, 3, 3).contiguous())
 
     yield "rising and falling logits", descending
+
+    def certain() -> None:
+        """All of the target's weight, 1, is met before the maximum, or with it."""
+        for classes in (5, 37, 300, 2600):
+            logits = torch.linspace(-9, 9, classes).expand(2, classes).to(dtype)
+            target = torch.nn.functional.one_hot(torch.tensor([0, classes - 1]), classes).to(dtype)
+            check_cross_entropy(logits.contiguous(), target)
+
+    yield "certain targets", certain
 
     def every_target(classes: int) -> None:
         logits = drawn((1, classes), dtype).expand(3, classes).contiguous()
@@ -409,6 +426,7 @@ class RowOptions(NamedTuple):
     on_device: bool = False  # the scale is a tensor
     smoothing: float = 0.0
     ignored: int = IGNORED
+    only: int | None = None  # the one plane that gets a gradient: 1
 
 
 TRANSFORMS = (
@@ -504,6 +522,8 @@ def check_rows(
     g = torch.randn(exact.shape).to(accumulation)
     if g[0].numel() > 1:
         g.view(len(g), -1)[:, -1] = 0  # leaves zeros, whatever the logits are
+    if given.only is not None:
+        g.zero_()[given.only] = 1
     looked_at = [LOG_SUM, TARGET_SUM, DOT, PICKED, ENTROPY][: len(g) - 2]
     active = (g[looked_at] != 0).any(0) & targets.counted
     upstream = g.double().requires_grad_()
@@ -727,6 +747,19 @@ def row_edges(dtype: torch.dtype) -> Iterator[Case]:
             check_rows_of_kind("smoothed", tiled, given)
 
     yield "row functions, rising and falling logits", descending
+    for way, shape in {"short rows": (9, 5), **FEW_ROWS, "tiles": (6, 5, 3, 3)}.items():
+        for plane in (LOG_SUM, TARGET_SUM, DOT, PICKED, ENTROPY):
+            given = RowOptions(entropy=True, only=plane)
+            yield (
+                f"row functions, {way}, {given}",
+                lambda s=shape, g=given: check_rows_of_kind("smoothed", drawn(s, dtype), g),
+            )
+    # Beside where rows are cut into slices: a class index of another slice is no class of this one.
+    cuts = torch.tensor([638, 639, 640, 1278, 1279, 1280])
+    yield (
+        "row functions, targets beside the cuts",
+        lambda: check_rows(drawn((6, 1800), dtype), cuts, None, TRANSFORMS[1]),
+    )
     for classes in (7, 40, 300, 1800, 20_483):
         yield f"row functions, the largest of {classes}", lambda c=classes: every_largest(c, dtype)
 

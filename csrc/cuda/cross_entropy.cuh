@@ -60,32 +60,39 @@ bool take_bad_target_of_backward(BadTarget&);
 bool take_bad_target_of_rows(BadTarget&);
 bool take_bad_target_of_rows_backward(BadTarget&);
 
+// In place of a class: none, and none because the row is ignored.
+constexpr int kNoClass = -1, kIgnored = -2;
+
 // What a row's target says. An ignored row is not counted; one out of range turns to NaN.
 template <class A>
 struct RowTarget {
-  int64_t index = -1; // -1: probabilities, or not counted
-  bool counted = true;
-  A weight = 1; // of class `index`
+  int64_t index; // kNoClass: probabilities, or not counted
+  bool counted;
+  A weight; // of class `index`
 };
 
 template <class A>
 LOSSOPS_DEVICE RowTarget<A> read_target(const CrossEntropyProblem& a, const int64_t* o) {
-  if (!a.index_target()) return {-1, true, a.classes == 0 ? A(0) : A(1)}; // torch: no classes, no mean
+  if (!a.index_target()) return {kNoClass, true, a.classes == 0 ? A(0) : A(1)}; // torch: no classes, no mean
   const int64_t y = load_index(a.target.dtype, a.target.data, o[kTarget]);
-  if (y == a.ignore_index) return {-1, false, 0};
+  if (y == a.ignore_index) return {kNoClass, false};
   if (static_cast<uint64_t>(y) >= static_cast<uint64_t>(a.classes)) {
-    if (atomicCAS(&bad_target_record.found, 0, 1) == 0) bad_target_record.first = {o[kRow], y, a.classes};
-    return {-1, true, infinity<A>() - infinity<A>()};
+    if (!atomicExch(&bad_target_record.found, true)) bad_target_record.first = {o[kRow], y, a.classes};
+    return {kNoClass, true, infinity<A>() - infinity<A>()};
   }
   return {y, true, a.weight == nullptr ? A(1) : static_cast<const A*>(a.weight)[y]};
 }
 
-// The class index at `offset` of a target, or -1 where none is in range: also where it is to be ignored, for
-// which nobody asks.
+// The class index at `offset` of a target, one out of range too: for those nobody asks.
 LOSSOPS_DEVICE int place_of_target(const CrossEntropyProblem& a, int64_t offset) {
-  if (!a.index_target()) return -1;
-  const int64_t y = load_index(a.target.dtype, a.target.data, offset);
-  return 0 <= y && y < a.classes ? static_cast<int>(y) : -1;
+  return a.index_target() ? static_cast<int>(load_index(a.target.dtype, a.target.data, offset)) : kNoClass;
+}
+
+// x*y, where nothing is nothing: a probability or a slope of 0 at a logit of -inf, a smoothing of 0 of an
+// infinite gradient.
+template <class A>
+LOSSOPS_DEVICE A times(A x, A y) {
+  return x == 0 ? A(0) : x * y;
 }
 
 // t_c = w_c*(keep*p_c + spread), where a class index adds keep*w at its class instead of keep*p.
@@ -133,7 +140,7 @@ struct alignas(16) RowState {
     A largest = z[0];
 #pragma unroll
     for (int k = 1; k < N; ++k) largest = larger(largest, z[k]);
-    if (largest > max) raise(largest); // a NaN never is: it goes into the sum
+    raise(larger(max, largest)); // a NaN never is: it goes into the sum
     const A ref = anchor(max);
     A part = 0, target_part = 0, dot_part = 0;
 #pragma unroll
@@ -175,12 +182,12 @@ struct alignas(16) RowState {
 // call: a block's next sums must not overwrite those still being read.
 template <int kLanes, bool kDense, class A>
 LOSSOPS_DEVICE RowState<A> merge(RowState<A> state, int turn) {
-  state.template merge_lanes < kDense, kLanes<kWarp ? kLanes : kWarp>();
+  state.template merge_lanes<kDense, kLanesOfWarp<kLanes>>();
   if constexpr (kLanes > kWarp) {
     constexpr int kWarps = kLanes / kWarp;
     __shared__ A shared[2][4][kWarps]; // not states: shared memory takes no constructor
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (lane == 0) {
+    if (is_first<kWarp>()) {
       shared[turn][0][warp] = state.max;
       shared[turn][1][warp] = state.sum;
       shared[turn][2][warp] = state.target_sum;
@@ -313,7 +320,7 @@ struct Packs {
   // come a group of lanes at a time, whose packs of `cut` are whole sectors.
   template <int kLanes, class T, class A, class... Others>
   static LOSSOPS_DEVICE Packs of(int size, const Classes<T, A>& cut, const Others&... others) {
-    constexpr int kWidth = kPackSize<T>, kTogether = (kLanes < kWarp ? kLanes : kWarp) * kWidth;
+    constexpr int kWidth = kPackSize<T>, kTogether = kLanesOfWarp<kLanes> * kWidth;
     const bool shifted = ((others.present() && others.head() != cut.head()) || ...);
     const int begin = min(shifted ? cut.shifted_head() : cut.head(), size), left = size - begin;
     return {begin, begin + (shifted ? max(left - kWidth, 0) / kTogether * kTogether : left / kWidth * kWidth),
@@ -364,7 +371,7 @@ struct Weights {
   bool packs;
   LOSSOPS_DEVICE Weights(const CrossEntropyProblem& a, int64_t begin, int head)
       : data(a.weight == nullptr ? nullptr : static_cast<const A*>(a.weight) + begin),
-        packs(reinterpret_cast<uintptr_t>(data + head) % 16 == 0) {}
+        packs(is_aligned(data + head)) {}
   template <int N>
   LOSSOPS_DEVICE void load(int c, A (&w)[N]) const {
     if (data == nullptr) {
@@ -406,12 +413,11 @@ struct Piece {
   int size; // kMaxSlice at most
   LOSSOPS_DEVICE Piece(const CrossEntropyProblem& a, const Rows& rows)
       : slice(blockIdx.x % rows.slices), begin(slice * rows.slice_size) {
-    const int64_t left = a.classes - begin;
-    size = static_cast<int>(left < rows.slice_size ? left : rows.slice_size);
+    size = static_cast<int>(min(a.classes - begin, rows.slice_size));
   }
-  // A class index as one of the slice, or -1.
+  // A class index as one of the slice, or kNoClass.
   LOSSOPS_DEVICE int place(int64_t index) const {
-    return begin <= index && index < begin + size ? static_cast<int>(index - begin) : -1;
+    return begin <= index && index < begin + size ? static_cast<int>(index - begin) : kNoClass;
   }
 };
 
@@ -425,12 +431,12 @@ template <int kLanes, class Begin, class Work, class End>
 LOSSOPS_DEVICE void for_each_row(const CrossEntropyProblem& a, const Rows& rows, const Begin& begin,
                                  const Work& work, const End& end) {
   constexpr int kGroups = kThreads / kLanes;
-  const int group = threadIdx.x / kLanes, in_warp = kLanes < kWarp ? group % (kWarp / kLanes) : 0;
+  const int group = threadIdx.x / kLanes, in_warp = group % (kWarp / kLanesOfWarp<kLanes>);
   const int64_t first = blockIdx.x / rows.slices * rows.per_block;
-  const int64_t last = first + rows.per_block < a.rows.count ? first + rows.per_block : a.rows.count;
+  const int64_t last = min(first + rows.per_block, a.rows.count);
   const int thread = threadIdx.x;
   for (int64_t chunk = first; chunk < last; chunk += kChunk) {
-    const int n = static_cast<int>(last - chunk < kChunk ? last - chunk : kChunk);
+    const int n = static_cast<int>(min(last - chunk, int64_t{kChunk}));
     if (thread < n) begin(thread, chunk + thread);
     __syncthreads();
     int turn = 0;
@@ -453,10 +459,10 @@ struct ShortRows {
   int classes;
   int stride;          // more than `classes` where threads that read one class would meet in a bank
   unsigned reciprocal; // 2^32/classes, rounded up: exact for the few thousand elements of a tile
-  // Rows an even number of elements apart, and classes with them, are moved in pairs: one by one, threads
-  // would meet in every second bank.
-  LOSSOPS_DEVICE bool in_pairs() const {
-    return stride % 2 == 0;
+  // Classes that are moved at once, of rows as many elements apart or a multiple: one by one, threads would
+  // meet in a bank.
+  LOSSOPS_DEVICE int together() const {
+    return stride % 4 == 0 ? 4 : stride % 2 == 0 ? 2 : 1;
   }
 };
 
@@ -472,8 +478,7 @@ struct ShortTile {
   int elements;
   LOSSOPS_DEVICE ShortTile(const CrossEntropyProblem& a, const ShortRows& rows, int64_t tile)
       : first(tile * kShortThreads), row(first + threadIdx.x) {
-    const int64_t left = a.rows.count - first;
-    elements = static_cast<int>(left < kShortThreads ? left : kShortThreads) * rows.classes;
+    elements = static_cast<int>(min(a.rows.count - first, int64_t{kShortThreads})) * rows.classes;
   }
 
   // To or from shared memory: in packs where both lie alike.
@@ -481,7 +486,7 @@ struct ShortTile {
   LOSSOPS_DEVICE void copy(T* global, T* shared, const ShortRows& rows) const {
     global += first * rows.classes;
     int begin = 0;
-    if (rows.stride == rows.classes && reinterpret_cast<uintptr_t>(global) % 16 == 0) {
+    if (rows.stride == rows.classes && is_aligned(global)) {
       begin = elements / kPackSize<T> * kPackSize<T>;
 #pragma unroll 4
       for (int i = threadIdx.x * kPackSize<T>; i < begin; i += kShortThreads * kPackSize<T>) {
@@ -503,35 +508,42 @@ struct ShortTile {
   }
 };
 
-template <class T>
-struct alignas(2 * sizeof(T)) ShortPair {
-  T of[2];
+// Neighbouring classes of a row in shared memory.
+template <class T, int kTogether>
+struct alignas(kTogether * sizeof(T)) ShortPack {
+  T of[kTogether];
 };
 
-// N neighbouring classes of a row in shared memory.
-template <int N, class T>
-LOSSOPS_DEVICE void load_short(const T* from, bool in_pairs, T (&to)[N]) {
-  if (N % 2 == 0 && in_pairs) {
+template <int kTogether, int N, class T>
+LOSSOPS_DEVICE void load_short(const T* from, T (&to)[N]) {
 #pragma unroll
-    for (int k = 0; k < N; k += 2) {
-      const auto pair = *reinterpret_cast<const ShortPair<T>*>(from + k);
-      to[k] = pair.of[0], to[k + 1] = pair.of[1];
-    }
-  } else {
+  for (int k = 0; k < N; k += kTogether) {
+    const auto pack = *reinterpret_cast<const ShortPack<T, kTogether>*>(from + k);
 #pragma unroll
-    for (int k = 0; k < N; ++k) to[k] = from[k];
+    for (int j = 0; j < kTogether; ++j) to[k + j] = pack.of[j];
   }
 }
 
-template <int N, class T>
-LOSSOPS_DEVICE void store_short(T* to, bool in_pairs, const T (&from)[N]) {
-  if (N % 2 == 0 && in_pairs) {
+template <int kTogether, int N, class T>
+LOSSOPS_DEVICE void store_short(T* to, const T (&from)[N]) {
 #pragma unroll
-    for (int k = 0; k < N; k += 2) *reinterpret_cast<ShortPair<T>*>(to + k) = {from[k], from[k + 1]};
-  } else {
+  for (int k = 0; k < N; k += kTogether) {
+    ShortPack<T, kTogether> pack;
 #pragma unroll
-    for (int k = 0; k < N; ++k) to[k] = from[k];
+    for (int j = 0; j < kTogether; ++j) pack.of[j] = from[k + j];
+    *reinterpret_cast<ShortPack<T, kTogether>*>(to + k) = pack;
   }
+}
+
+// f(Count<classes to move at once>), of N classes. Rows of 8-byte elements are never 4 of them apart.
+template <class T, int N, class F>
+LOSSOPS_DEVICE void with_together(int together, const F& f) {
+  if (N % 4 == 0 && sizeof(T) < 8 && together == 4)
+    f(Count<N % 4 == 0 ? 4 : 1>());
+  else if (N % 2 == 0 && together % 2 == 0)
+    f(Count<N % 2 == 0 ? 2 : 1>());
+  else
+    f(Count<1>());
 }
 
 // f(c, logit) for the classes of a thread's row in shared memory, one by one; what it returns, if anything,
@@ -539,24 +551,21 @@ LOSSOPS_DEVICE void store_short(T* to, bool in_pairs, const T (&from)[N]) {
 template <class A, class T, class F>
 LOSSOPS_DEVICE void for_short_row(T* row, const ShortRows& rows, const F& f) {
   constexpr bool kWrites = !std::is_void_v<decltype(f(0, A()))>;
-  const auto visit = [&](auto count, int first) {
-    constexpr int kCount = decltype(count)::value;
-    T logit[kCount];
-    load_short(row + first, true, logit);
+  with_together<T, 4>(rows.together(), [&](auto together) {
+    constexpr int kTogether = decltype(together)::value;
+    for (int first = 0; first < rows.classes; first += kTogether) {
+      T logit[kTogether];
+      load_short<kTogether>(row + first, logit);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if constexpr (kWrites)
-        logit[k] = round_to<T>(f(first + k, widen<A>(logit[k])));
-      else
-        f(first + k, widen<A>(logit[k]));
+      for (int k = 0; k < kTogether; ++k) {
+        if constexpr (kWrites)
+          logit[k] = round_to<T>(f(first + k, widen<A>(logit[k])));
+        else
+          f(first + k, widen<A>(logit[k]));
+      }
+      if constexpr (kWrites) store_short<kTogether>(row + first, logit);
     }
-    if constexpr (kWrites) store_short(row + first, true, logit);
-  };
-  if (rows.in_pairs()) {
-    for (int c = 0; c < rows.classes; c += 2) visit(Count<2>(), c);
-  } else {
-    for (int c = 0; c < rows.classes; ++c) visit(Count<1>(), c);
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -612,6 +621,21 @@ struct RowPack<AnyType, A, 1> : Classes<AnyType, A> {
     return raw;
   }
 };
+
+// f(count, c) for `count` classes `step` apart, from c on, of those that a thread begins at `first`: kAtOnce
+// of them, in the end one by one, or before that two where pairs are moved.
+template <int kAtOnce, bool kPairs, class F>
+LOSSOPS_DEVICE void for_tile_classes(int first, int step, int classes, const F& f) {
+  int c = first;
+  for (; c + (kAtOnce - 1) * step < classes; c += kAtOnce * step) f(Count<kAtOnce>(), c);
+  if constexpr (kPairs) {
+    if (c + step < classes) {
+      f(Count<2>(), c);
+      c += 2 * step;
+    }
+  }
+  for (; c < classes; c += step) f(Count<1>(), c);
+}
 
 template <int kRows, class F>
 LOSSOPS_DEVICE void for_each_tile(const CrossEntropyProblem& a, const Tiling& tiling, const F& f) {

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, kDense>)
     const int y = places[slot];
     const A grad_sum = r.grad * r.target_sum;
     // Without class weights every class gives the same; nothing, were the gradient infinite.
-    const A smoothed = smoothing.spread == 0 ? A(0) : r.grad * smoothing.spread;
+    const A smoothed = times(smoothing.spread, r.grad);
     const Classes<T, A> z(a.logits, o[kLogits], piece.begin),
         p(a.index_target() ? ClassTensor() : a.target, o[kTarget], piece.begin),
         dz(a.grad_logits, o[kGradLogits], piece.begin), dp(a.grad_target, o[kGradTarget], piece.begin);
@@ -218,9 +218,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, true>)
         dz.store(c, out);
       }
     };
-    int c = lane;
-    for (; c + (kClasses - 1) * lanes < classes; c += kClasses * lanes) write(Count<kClasses>(), c);
-    for (; c < classes; c += lanes) write(Count<1>(), c);
+    for_tile_classes<kClasses, false>(lane, lanes, classes, write);
   });
 }
 

@@ -80,7 +80,6 @@ __global__ void __launch_bounds__(kThreads, kResidentForward<T, A, kDense>)
   const int lane = threadIdx.x % kLanes;
   const Piece piece(a, rows);
   Sums sums;
-  constexpr int64_t kIgnored = -2;
   __shared__ int64_t indices[kChunk]; // of the targets
   __shared__ A states[5][kChunk];
   RowTarget<A> target; // of the row that this thread begins and ends
@@ -101,11 +100,11 @@ __global__ void __launch_bounds__(kThreads, kResidentForward<T, A, kDense>)
         A target_logit = 0;
         if (index != kIgnored) {
           // Early, so that it comes with the row; slices leave it to join_slices.
-          if (lane == 0 && rows.slices == 1) target_logit = logit_at<A>(a, o, index);
+          if (is_first<kLanes>() && rows.slices == 1) target_logit = logit_at<A>(a, o, index);
           state = row_state<T, A, kLanes, kDense>(a, o, piece, lane);
         }
         state = merge<kLanes, kDense>(state, turn);
-        if (lane != 0 || !here) return;
+        if (!is_first<kLanes>() || !here) return;
         if (rows.slices > 1) {
           of_slice[row * rows.slices + piece.slice] = state;
         } else {
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, false>)
     RowState<A> state;
     for (int64_t slice = lane; slice < slices; slice += kWarp) state.merge(of_slice[row * slices + slice]);
     state.template merge_lanes<true, kWarp>();
-    if (lane != 0) continue;
+    if (!is_first<kWarp>()) continue;
     const RowTarget<A> target = read_target<A>(a, o);
     RowResult<A>(a, state, target, logit_at<A>(a, o, target.index), sums).store(a, o[kRow]);
   }
@@ -208,8 +207,8 @@ LOSSOPS_DEVICE void store_rows(const CrossEntropyForward& a, int64_t (&o)[kCross
                                const RowResult<A> (&results)[kRows]) {
   constexpr int kPack = kPackSize<A>;
   if constexpr (kRows % kPack == 0) {
-    if (a.reduction != Reduction::none && a.rows.inner_stride(kRow) == 1 && a.rows.count % kPack == 0 &&
-        o[kRow] % kPack == 0) {
+    // Where rows are in packs, their number is a multiple of one, and so is the first of each that lie so.
+    if (a.reduction != Reduction::none && a.rows.inner_stride(kRow) == 1) {
       const Stats<A> stats(a);
 #pragma unroll
       for (int first = 0; first < kRows; first += kPack) {
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
     A target_logit[kRows] = {};
 #pragma unroll
     for (int k = 0; k < kRows; ++k)
-      index[k] = here ? place_of_target(a, o[kTarget] + k * a.rows.inner_stride(kTarget)) : -1;
+      index[k] = here ? place_of_target(a, o[kTarget] + k * a.rows.inner_stride(kTarget)) : kNoClass;
     const auto add = [&](auto count, int first_class) {
       constexpr int kCount = decltype(count)::value;
       typename Row::Raw raw[kCount], probabilities[kCount] = {};
@@ -279,11 +278,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
         state[k].template add<T, kDense>(logit, t);
       }
     };
-    if (here) {
-      int c = lane;
-      for (; c + (kClasses - 1) * lanes < classes; c += kClasses * lanes) add(Count<kClasses>(), c);
-      for (; c < classes; c += lanes) add(Count<1>(), c);
-    }
+    if (here) for_tile_classes<kClasses, false>(lane, lanes, classes, add);
     if (kRows == 1 && lanes > 1) { // the rows' other threads
       __syncthreads();             // the tile before has been read
       shared[0][threadIdx.x] = state[0].max;

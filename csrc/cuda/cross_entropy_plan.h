@@ -128,14 +128,14 @@ struct Plan {
   }
 
  private:
-  // One class of all rows is read without a bank conflict to speak of where rows lie an odd number of banks
-  // apart, or twice one; else they are pushed apart.
+  // What classes are moved at once is read without a bank conflict where rows lie an odd number of times as
+  // much apart; else they are pushed apart.
   void plan_short_rows(const CrossEntropyProblem& a) {
     way = kShort;
     const int classes = static_cast<int>(a.classes);
-    const int per_bank = bytes_of(a.logits.dtype) == 2 ? 2 : 1;
+    const int64_t bytes = bytes_of(a.logits.dtype);
     int stride = classes;
-    if (classes % (4 * per_bank) == 0) stride += per_bank;
+    if (classes % (bytes == 8 ? 4 : 8) == 0) stride += bytes == 2 ? 2 : 1;
     short_rows = {(a.rows.count + kShortThreads - 1) / kShortThreads, classes, stride,
                   classes == 1 ? 0 : ~0u / static_cast<unsigned>(classes) + 1};
     tiling = {kShortThreads, short_rows.tiles, false};

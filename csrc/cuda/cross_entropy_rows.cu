@@ -15,7 +15,7 @@ struct PlaneState : RowState<A> {
   Index best = kNowhere;
 
   LOSSOPS_DEVICE void raise(A new_max) {
-    if (this->max != -infinity<A>() && new_max != this->max) {
+    if (new_max != this->max) {
       const A distance = this->max - new_max, factor = exponential<A>(distance);
       moment = times(factor, moment + this->sum * distance);
     }
@@ -53,7 +53,7 @@ struct PlaneState : RowState<A> {
 
   LOSSOPS_DEVICE void merge(PlaneState other) {
     if (best < 0 || other.best < 0 || this->max == other.max)
-      best = other.best < best ? other.best : best;
+      best = min(best, other.best);
     else if (other.max > this->max)
       best = other.best;
     const A new_max = larger(this->max, other.max);
@@ -86,8 +86,7 @@ struct PlaneState : RowState<A> {
     return state;
   }
   LOSSOPS_DEVICE int64_t predicted() const {
-    if (best < 0) return best - kNaN;
-    return best == kNowhere ? 0 : best;
+    return best < 0 ? best - kNaN : best;
   }
 };
 
@@ -126,7 +125,7 @@ LOSSOPS_DEVICE PlaneState<A> merge(PlaneState<A> state, int turn) {
     constexpr int kWarps = kLanes / kWarp;
     __shared__ SharedStates<A, kWarps> shared[2];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (lane == 0) shared[turn].set(warp, state);
+    if (is_first<kWarp>()) shared[turn].set(warp, state);
     __syncthreads();
     state = lane < kWarps ? shared[turn].get(lane) : PlaneState<A>();
     if (warp == 0) state.template merge_lanes<kWarp>();
@@ -216,7 +215,6 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
   const int lane = threadIdx.x % kLanes;
   const Piece piece(a, rows);
   const Transform<A> transform(a);
-  constexpr int64_t kIgnored = -2;
   __shared__ int64_t indices[kChunk]; // of the targets
   __shared__ A target_logits[kChunk];
   __shared__ SharedStates<A, kChunk> states;
@@ -237,11 +235,11 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
         A target_logit = 0;
         if (index != kIgnored) {
           // Early, so that it comes with the row; slices leave it to join_planes.
-          if (lane == 0 && rows.slices == 1) target_logit = logit_at<A>(a, o, index);
+          if (is_first<kLanes>() && rows.slices == 1) target_logit = logit_at<A>(a, o, index);
           state = plane_state<T, A, kLanes, kDense>(a, o, piece, transform, lane);
         }
         state = merge<kLanes>(state, turn);
-        if (lane != 0) return;
+        if (!is_first<kLanes>()) return;
         if (rows.slices > 1) {
           of_slice[row * rows.slices + piece.slice] = state;
         } else {
@@ -271,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
   for (int64_t slice = lane; slice < rows.slices; slice += kWarp)
     state.merge(of_slice[row * rows.slices + slice].of_row(slice * rows.slice_size));
   state.template merge_lanes<kWarp>();
-  if (lane != 0) return;
+  if (!is_first<kWarp>()) return;
   const RowTarget<A> target = read_target<A>(a, o);
   store_planes(a, o, state, target, logit_at<A>(a, o, target.index), Transform<A>(a));
 }
@@ -300,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
           .template copy<true>(static_cast<T*>(a.logits.data), short_rows_memory<T>(), short_rows);
       __syncthreads();
     }
-    const RowTarget<A> target = here ? read_target<A>(a, o) : RowTarget<A>{-1, false, 0};
+    const RowTarget<A> target = here ? read_target<A>(a, o) : RowTarget<A>{kNoClass, false};
     PlaneState<A> state;
     A target_logit = 0; // picked up on the way: to come back for it costs a sector
     const auto add = [&](auto count, int first) {
@@ -322,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       transform.apply(logit, u);
       state.template add<T, true>(u, t, first, lanes, a.entropy);
     };
-    if (target.counted) for_tile_classes<kShort>(lane, lanes, classes, add);
+    if (target.counted) for_tile_classes<kTileClasses, kShort>(lane, lanes, classes, add);
     if (!kShort && lanes > 1) { // the rows' other threads
       __syncthreads();          // the tile before has been read
       shared.set(threadIdx.x, state);

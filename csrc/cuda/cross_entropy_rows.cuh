@@ -51,12 +51,6 @@ struct Transform {
   }
 };
 
-// x*y, where nothing is nothing: a probability or a slope of 0 at a logit of -inf.
-template <class A>
-LOSSOPS_DEVICE A times(A x, A y) {
-  return x == 0 ? A(0) : x * y;
-}
-
 // A thread's row of a tile, several classes `step` apart at a time; its copy in shared memory where kShort.
 template <class T, class A, bool kShort>
 struct TileRow : RowPack<T, A, 1> {
@@ -79,42 +73,28 @@ struct TileRow : RowPack<T, A, 1> {
 template <class T, class A>
 struct TileRow<T, A, true> {
   T* data;
-  bool in_pairs;
+  int together;
   LOSSOPS_DEVICE TileRow(const ClassTensor& t, int64_t, const ShortRows& rows)
       : data(t.data == nullptr ? nullptr : short_rows_memory<T>() + threadIdx.x * rows.stride),
-        in_pairs(rows.in_pairs()) {}
+        together(rows.together()) {}
   LOSSOPS_DEVICE bool present() const {
     return data != nullptr;
   }
   template <int N>
   LOSSOPS_DEVICE void fetch(int first, int, T (&raw)[N]) const {
-    load_short(data + first, in_pairs, raw);
+    with_together<T, N>(together, [&](auto count) { load_short<decltype(count)::value>(data + first, raw); });
   }
   template <int N>
   LOSSOPS_DEVICE void store(int first, int, const A (&x)[N]) const {
     T raw[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) raw[k] = round_to<T>(x[k]);
-    store_short(data + first, in_pairs, raw);
+    with_together<T, N>(together,
+                        [&](auto count) { store_short<decltype(count)::value>(data + first, raw); });
   }
 };
 
 constexpr int kTileClasses = 4; // of a row that a thread of a tile reads at a time
-
-// f(count, c) for `count` classes `step` apart, from c on, of those that a thread of a tile begins at
-// `first`.
-template <bool kShort, class F>
-LOSSOPS_DEVICE void for_tile_classes(int first, int step, int classes, const F& f) {
-  int c = first;
-  for (; c + (kTileClasses - 1) * step < classes; c += kTileClasses * step) f(Count<kTileClasses>(), c);
-  if constexpr (kShort) {
-    if (c + 1 < classes) {
-      f(Count<2>(), c);
-      c += 2;
-    }
-  }
-  for (; c < classes; c += step) f(Count<1>(), c);
-}
 
 // ---------------------------------------------------------------------------------------------
 // Launching

@@ -13,10 +13,10 @@ LOSSOPS_DEVICE void merge_sums(A (&sums)[N], int turn) {
   if constexpr (kLanes > kWarp) {
     constexpr int kWarps = kLanes / kWarp;
     __shared__ A shared[2][N][kWarps];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (lane == 0) shared[turn][i][warp] = sums[i];
+      if (is_first<kWarp>()) shared[turn][i][warp] = sums[i];
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -97,8 +97,7 @@ LOSSOPS_DEVICE void through_transform(const Transform<A>& transform, const A (&z
 template <class A>
 struct SharedGradients {
   A number[8][kChunk];
-  int place[kChunk]; // of the class index, or -1, or kInactive
-  static constexpr int kInactive = -2;
+  int place[kChunk]; // of the class index, or kNoClass, or kIgnored where no gradient is active
 
   LOSSOPS_DEVICE void set(int slot, const RowGradients<A>& r, const Piece& piece) {
     number[0][slot] = r.ref;
@@ -109,7 +108,7 @@ struct SharedGradients {
     number[5][slot] = r.of_dot;
     number[6][slot] = r.of_target_sum;
     number[7][slot] = r.index_term;
-    place[slot] = r.active ? piece.place(r.target.index) : kInactive;
+    place[slot] = r.active ? piece.place(r.target.index) : kIgnored;
   }
   LOSSOPS_DEVICE RowGradients<A> get(int slot) const {
     RowGradients<A> r;
@@ -121,7 +120,7 @@ struct SharedGradients {
     r.of_dot = number[5][slot];
     r.of_target_sum = number[6][slot];
     r.index_term = number[7][slot];
-    r.active = place[slot] != kInactive;
+    r.active = place[slot] != kIgnored;
     return r;
   }
 };
@@ -209,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
                                                       transform, lane)};
     if (a.grad_scale == nullptr) return;
     merge_sums<kLanes>(sums, turn);
-    if (lane != 0) return;
+    if (!is_first<kLanes>()) return;
     if (rows.slices > 1)
       of_slice[row * rows.slices + piece.slice] = sums[0];
     else
@@ -286,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       for (int k = 0; k < kCount; ++k) out[k] = r.active ? out[k] : A(0);
       if (dz.present()) dz.store(first, lanes, out);
     };
-    if (here) for_tile_classes<kShort>(lane, lanes, classes, write);
+    if (here) for_tile_classes<kTileClasses, kShort>(lane, lanes, classes, write);
     if (kShort && dz.present()) {
       __syncthreads();
       if constexpr (kShort)
@@ -367,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       sums[3] += times(at.p, at.h * (at.l + r.entropy));
     }
     merge_sums<kLanes>(sums, turn);
-    if (lane == 0) of_slice[row * rows.slices + piece.slice] = {sums[0], sums[1], sums[2], sums[3]};
+    if (is_first<kLanes>()) of_slice[row * rows.slices + piece.slice] = {sums[0], sums[1], sums[2], sums[3]};
   };
   for_each_row<kLanes>(a, rows, [](int, int64_t) {}, work, [](int, int64_t) {});
 }
@@ -423,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
       sums.picked += part.picked;
       sums.entropy += part.entropy;
     }
-    if (lane == 0 && piece.slice == 0) store_row_dots(a, o[kRow], r.target, sums);
+    if (is_first<kLanes>() && piece.slice == 0) store_row_dots(a, o[kRow], r.target, sums);
     const Classes<AnyType, A> dz(a.grad_logits, o[kGradLogits], piece.begin),
         dp(a.grad_target, o[kGradTarget], piece.begin);
     A scale[1] = {};
@@ -442,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
     }
     if (a.grad_scale == nullptr) return;
     merge_sums<kLanes>(scale, turn);
-    if (lane != 0) return;
+    if (!is_first<kLanes>()) return;
     if (rows.slices > 1)
       scale_of_slice[row * rows.slices + piece.slice] = scale[0];
     else

@@ -86,7 +86,7 @@ class Mask {
     unsigned bits = 0;
     if (contiguous_) {
       Bytes<N> bytes;
-      if (reinterpret_cast<uintptr_t>(bytes_ + first) % N == 0) {
+      if (is_aligned<N>(bytes_ + first)) {
         bytes = *reinterpret_cast<const Bytes<N>*>(bytes_ + first);
       } else {
 #pragma unroll
@@ -142,11 +142,10 @@ LOSSOPS_DEVICE void for_packs(int64_t count, const Share& share, const F& f) {
   constexpr int kWidth = kPackSize<T>;
   const int64_t begin = share.head + int64_t{blockIdx.x} * share.per_block;
   const int64_t left = count - begin; // may be negative
-  const int n = static_cast<int>(left < share.per_block ? left : share.per_block);
+  const int n = static_cast<int>(min(left, share.per_block));
   constexpr int kTogether = kWarp * kWidth; // shifted packs: a warp's at a time, with one more behind them
-  const int end = share.shifted
-                      ? static_cast<int>(left - kWidth < n ? left - kWidth : n) / kTogether * kTogether
-                      : n / kWidth * kWidth;
+  const int end = share.shifted ? static_cast<int>(min(left - kWidth, int64_t{n})) / kTogether * kTogether
+                                : n / kWidth * kWidth;
   const int head = blockIdx.x == 0 ? share.head : 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < head + n - end; i += kThreads)
@@ -166,7 +165,7 @@ LOSSOPS_DEVICE void for_packs(int64_t count, const Share& share, const F& f) {
 template <bool kMasked, class F>
 LOSSOPS_DEVICE void for_each_element(const MSEProblem& a, const Share& share, const F& f) {
   const int64_t begin = int64_t{blockIdx.x} * share.per_block;
-  const int64_t end = begin + share.per_block < a.elements.count ? begin + share.per_block : a.elements.count;
+  const int64_t end = min(begin + share.per_block, a.elements.count);
   const Mask mask(a);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     Offsets o;

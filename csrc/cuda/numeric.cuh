@@ -74,6 +74,11 @@ struct alignas(16) Pack {
   T value[kPackSize<T>];
 };
 
+template <int kBytes = 16>
+LOSSOPS_DEVICE bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
+}
+
 template <class T>
 LOSSOPS_DEVICE Pack<T> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T>*>(__builtin_assume_aligned(p, 16));

@@ -9,6 +9,16 @@ namespace lossops::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Of kLanes threads, those in one warp.
+template <int kLanes>
+constexpr int kLanesOfWarp = kLanes < kWarp ? kLanes : kWarp;
+
+// Of kLanes neighbours: what they have found out together is for one of them to pass on.
+template <int kLanes>
+LOSSOPS_DEVICE bool is_first() {
+  return threadIdx.x % kLanes == 0;
+}
+
 // Of each group of kLanes neighbours, in all of them. Every lane of the warp has to come along.
 template <int kLanes, class A>
 LOSSOPS_DEVICE A lanes_sum(A x) {
@@ -28,10 +38,8 @@ LOSSOPS_DEVICE A lanes_max(A x) {
 template <int kLanes, class Index>
 LOSSOPS_DEVICE Index lanes_min(Index x) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    const Index other = __shfl_xor_sync(kAllLanes, x, distance);
-    x = other < x ? other : x;
-  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+    x = min(x, __shfl_xor_sync(kAllLanes, x, distance));
   return x;
 }
 
@@ -52,7 +60,7 @@ LOSSOPS_DEVICE Sums block_sums(Sums own) {
   __shared__ double loss[kWarps], weight[kWarps];
   own.loss = lanes_sum<kWarp>(own.loss);
   own.weight = lanes_sum<kWarp>(own.weight);
-  if (threadIdx.x % kWarp == 0) {
+  if (is_first<kWarp>()) {
     loss[threadIdx.x / kWarp] = own.loss;
     weight[threadIdx.x / kWarp] = own.weight;
   }

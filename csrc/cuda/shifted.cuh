@@ -26,7 +26,7 @@ LOSSOPS_DEVICE uint4 across(uint4 a, uint4 b, int bytes) {
 // come along.
 template <int kLanes, class T>
 LOSSOPS_DEVICE Pack<T> load_shifted(const T* p) {
-  constexpr int kGroup = kLanes < kWarp ? kLanes : kWarp;
+  constexpr int kGroup = kLanesOfWarp<kLanes>;
   const int lane = threadIdx.x % kWarp, bytes = static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16);
   const uint4* const boundary = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(p) - bytes);
   uint4 own = *boundary;
