@@ -58,7 +58,7 @@ OPERATORS = {
     "__syncthreads();": ";",
     "kAllLanes, x, distance": "kAllLanes, x, distance ^ 1",
     "(kAllLanes,": "(kAllLanes >> 1,",
-    "atomicCAS(&bad_target_record.found, 0, 1)": "bad_target_record.found++",
+    "atomicExch(&bad_target_record.found, true)": "bad_target_record.found++",
     "min(": "max(",
     "fmaxf(": "fminf(",
     "fmax(": "fmin(",
@@ -82,6 +82,12 @@ NOT_CODE = re.compile(
     r"^\s*#|static_assert|__launch_bounds__|kResident|kHalf|alignas|^using |asm |^template|\"|\brecord\.found"
     r"|constexpr int (kUnroll|kClasses|kTileClasses)\b"
 )
+# The cases that reach the kernels of a source: of sources that begin so.
+CASES_OF = {
+    "mse": ("mse", "shared"),
+    "cross_entropy_rows": ("row_functions", "row_edges", "row_remainders", "row_phases", "shared"),
+    "cross_entropy": ("ways", "edges", "mixed", "every_remainder", "phases", "shared"),
+}
 HOST_FROM = "// Launching"
 
 
@@ -209,21 +215,16 @@ class Base:
         begin = "" if mutant.file in for_all else mutant.file.removesuffix(".cuh")
         return [name for name in self.units if name.startswith(begin) and name != "runtime.cu"]
 
-    def build(self, mutant: Mutant, folder: Path) -> Path | None:
-        """The mutant's library, or None where the compiler makes the same of it."""
+    def build(self, mutant: Mutant, name: str, folder: Path) -> Path | None:
+        """A library where one source has the mutant, or None where the compiler makes the same of it."""
         sources = folder / "csrc"
         shutil.copytree(self.sources, sources)
         file = sources / "cuda" / mutant.file
         file.write_text(mutant.applied_to(file.read_text()))
-        units = dict(self.units)
-        for name in self.affected(mutant):
-            base = self.units[name]
-            unit = Unit(sources / "cuda" / name, folder / Path(name).stem, self.flavour, base)
-            if unit.ptx != base.ptx:
-                units[name] = unit
-        if units == self.units:
+        unit = Unit(sources / "cuda" / name, folder / Path(name).stem, self.flavour, self.units[name])
+        if unit.ptx == self.units[name].ptx:
             return None
-        objects = [path for unit in units.values() for path in unit.objects]
+        objects = [path for each in {**self.units, name: unit}.values() for path in each.objects]
         flags = [*build.FLAVOURS[self.flavour][2], f"-L{TORCH_LIB_PATH}", "-ltorch_cpu"]
         return build.link_objects(folder / "mutant.so", [*objects, *self.others], flags)
 
@@ -232,10 +233,11 @@ class Base:
 # Running
 
 
-def notices(library: Path, dtype: str, flavour: str, orders: str, seconds: float) -> str | None:
-    """What the cases say of a library, or None."""
-    groups = ["--groups", *GROUPS_OF[flavour]] if flavour in GROUPS_OF else []
-    command = [sys.executable, str(CASES), str(library), dtype, "--first", "--order", *orders, *groups]
+def notices(library: Path, name: str, dtype: str, flavour: str, orders: str, seconds: float) -> str | None:
+    """What the cases say of a library with a mutant in the source `name`, or None."""
+    groups = GROUPS_OF.get(flavour) or next(g for begin, g in CASES_OF.items() if name.startswith(begin))
+    options = ["--first", "--order", *orders, "--groups", *groups]
+    command = [sys.executable, str(CASES), str(library), dtype, *options]
     try:
         result = subprocess.run(
             command,
@@ -281,22 +283,24 @@ class Judge:
             yield dtype, "plain", orders
 
     def judge(self, mutant: Mutant) -> dict[str, Any]:
+        """Source by source, where a header has the mutant: the first one's cases notice most."""
         equal = True
         for dtype, flavour, orders in self.stages(mutant):
             if flavour != "plain" and equal:
                 continue  # the same code for this dtype
             base = self.base(dtype, flavour)
-            with tempfile.TemporaryDirectory(dir=base.folder) as folder:
-                try:
-                    library = base.build(mutant, Path(folder))
-                except build.BuildError as error:
-                    return {"status": "does not compile", "why": str(error)[-300:]}
-                if library is None:
-                    continue
-                equal = False
-                why = notices(library, dtype, flavour, orders, 400)  # a library that won't load stops all
-            if why is not None:
-                return {"status": "killed", "stage": f"{dtype}, {flavour}", "why": why}
+            for name in base.affected(mutant):
+                with tempfile.TemporaryDirectory(dir=base.folder) as folder:
+                    try:
+                        library = base.build(mutant, name, Path(folder))
+                    except build.BuildError as error:
+                        return {"status": "does not compile", "why": str(error)[-300:]}
+                    if library is None:
+                        continue
+                    equal = False
+                    why = notices(library, name, dtype, flavour, orders, 400)
+                if why is not None:
+                    return {"status": "killed", "stage": f"{dtype}, {flavour}", "why": why}
         return {"status": "same code" if equal else "survived"}
 
 
