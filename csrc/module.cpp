@@ -171,7 +171,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("start_trace", &start_trace, "Records launches and copies from now on, for lossops.explain.");
   m.def("stop_trace", &trace_entries, "What was recorded: (what, how, device, amount) each.");
   m.def("empty_cache", &release_pages, "Returns the pages kept for gradients to the system.");
-  m.def("drop_pages", &drop_pages, "Gives the whole pages between two addresses back to the system.");
+  m.def("drop_pages", &drop_pages, "Gives the whole pages among these bytes back to the system.");
   m.def("set_stream_bytes", &set_stream_bytes,
         "Gradients of this size and more are written past the caches; returns what it was. For tests.");
   m.def("cuda_build_info", &cuda_build_info, "The CUDA toolkit and architectures built in, or None.");

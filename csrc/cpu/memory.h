@@ -32,8 +32,8 @@ void release_pages();
 int64_t stream_bytes();
 int64_t set_stream_bytes(int64_t);
 
-// Gives the whole pages between two addresses back to the system, zeros from now on, while the block they are
-// of stays its owner's.
+// Gives the whole pages among these bytes back to the system, zeros from now on, while the block they are of
+// stays its owner's.
 void drop_pages(uintptr_t begin, int64_t bytes);
 
 // Asks for huge pages under a buffer that nothing has touched yet.

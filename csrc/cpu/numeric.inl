@@ -215,8 +215,9 @@ LOSSOPS_INLINE void narrow(A x, T& out) {
   out = static_cast<T>(x);
 }
 
-// Whether results are so many that they are written past the caches: a store that goes into them reads first
-// what was there, and whoever reads the results next would not find them there anyway.
+// Whether operands or results of a call are so many that they come from memory, and that results are written
+// past the caches: a store that goes into them reads first what was there, and whoever reads the results next
+// would not find them there anyway.
 LOSSOPS_INLINE bool is_streamed(int64_t elements, DType dtype) {
   const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
   return elements * size >= stream_bytes();
