@@ -37,9 +37,17 @@ _CPU_HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 # A chunk's logits: 64 MiB in float32. Enough rows to keep the products near their full speed, in which each
 # chunk reads and writes the weight's gradient once more, and little beside the weight of such a head.
 CHUNK_ELEMENTS = 1 << 24
+# A GPU multiplies so much faster than it reads that it wants some thousand rows; and as many logits as the
+# weight has elements where those are more: its 16-bit gradient will take as much beside the sums.
+GPU_CHUNK_ELEMENTS = 1 << 27
 
-# What a product is converted by where that takes a buffer: 2 or 4 MiB that stay in the cache.
+# What a product is converted by where that takes a buffer: 2 or 4 MiB that stay in a CPU's cache; enough to
+# fill a GPU.
 _BLOCK_ELEMENTS = 1 << 20
+_GPU_BLOCK_ELEMENTS = 1 << 25
+
+# Whether torch adds a product of 16-bit numbers to a float32 matrix in place, on a GPU.
+_ADDS_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 class Head(NamedTuple):
@@ -143,9 +151,10 @@ def _held_alike(head: Head) -> list[tuple[str, Tensor]]:
     return [(name, t) for name, t in given if t is not None]
 
 
-def default_chunk(rows: int, logits_a_row: int) -> int:
-    """Rows a chunk: as many as CHUNK_ELEMENTS holds, shared out evenly, in multiples of 16."""
-    most = max(1, CHUNK_ELEMENTS // max(1, logits_a_row))
+def default_chunk(rows: int, logits_a_row: int, features: int, gpu: bool) -> int:
+    """Rows a chunk: as many as there is memory meant for, shared out evenly, in multiples of 16."""
+    elements = max(GPU_CHUNK_ELEMENTS, logits_a_row * features) if gpu else CHUNK_ELEMENTS
+    most = max(1, elements // max(1, logits_a_row))
     chunks = max(1, -(-rows // most))
     even = max(1, -(-rows // chunks))
     return min(most, -(-even // 16) * 16) if most >= 16 else most
@@ -156,7 +165,7 @@ def default_chunk(rows: int, logits_a_row: int) -> int:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What the products run in.
+    """What the logits are computed to.
 
     float32 for float16, whose range a sum over a chunk's rows may leave before it is divided by their number,
     and in which what is still to be multiplied by a loss scale may be lost; and for bfloat16 on a processor
@@ -169,6 +178,50 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """What is multiplied: a GPU's products of 16-bit numbers can be left as they were summed, in float32."""
+    return x.dtype if x.is_cuda else product_dtype(x)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a b``"""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out.dtype, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
+    """``total += factor * a b``, by blocks of rows where that takes a buffer."""
+    if factor is None and a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif factor is None and a.is_cuda and _ADDS_WIDE:
+        torch.addmm(total, a, b, total.dtype, out=total)
+    else:
+        for block in _blocks(total):
+            part = torch.mm(a[block], b, total.dtype) if a.is_cuda else torch.mm(a[block], b)
+            total[block].add_(part) if factor is None else total[block].addcmul_(part, factor)
+
+
+def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
+    """``total = factor * a b``"""
+    if a.dtype == total.dtype or a.is_cuda:
+        _multiply(a, b, total)
+    else:
+        for block in _blocks(total):
+            total[block] = torch.mm(a[block], b)
+    if factor is not None:
+        total *= factor
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Of its rows."""
+    elements = _GPU_BLOCK_ELEMENTS if matrix.is_cuda else _BLOCK_ELEMENTS
+    rows = max(16, elements // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], rows):
+        yield slice(start, start + rows)
+
+
 class _Layer:
     """One layer's products with a chunk. A weight of another dtype than theirs is converted by blocks."""
 
@@ -177,39 +230,44 @@ class _Layer:
         self.dtype = dtype
         self.total = torch.promote_types(dtype, torch.float32)  # what gradients are summed in
 
-    def _blocks(self) -> Iterator[slice]:
-        classes = max(16, _BLOCK_ELEMENTS // max(1, self.weight.shape[1]))
-        for start in range(0, self.weight.shape[0], classes):
-            yield slice(start, start + classes)
-
     def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = x W^T + bias``"""
         if self.weight.dtype != self.dtype:
-            for block in self._blocks():
-                torch.mm(x, self.weight[block].to(self.dtype).t(), out=out[:, block])
-            if bias is not None:
-                out.add_(bias)
-        elif bias is None:
-            torch.mm(x, self.weight.t(), out=out)
+            for block in _blocks(self.weight):
+                _multiply(x, self.weight[block].to(self.dtype).t(), out[:, block])
+        elif bias is None or bias.dtype != self.dtype:
+            _multiply(x, self.weight.t(), out)
         else:
             torch.addmm(bias, x, self.weight.t(), out=out)
+            return
+        if bias is not None:
+            out.add_(bias)
 
     def to_input(self, grad: Tensor) -> Tensor:
         """``grad W``"""
         if self.weight.dtype == self.dtype:
+            if grad.is_cuda and self.dtype != self.total:
+                return torch.mm(grad, self.weight, self.total)
             return torch.mm(grad, self.weight).to(self.total)
-        result = grad.new_zeros(grad.shape[0], self.weight.shape[1])
-        for block in self._blocks():
-            result.addmm_(grad[:, block], self.weight[block].to(self.dtype))
+        result = grad.new_zeros(grad.shape[0], self.weight.shape[1], dtype=self.total)
+        for block in _blocks(self.weight):
+            _add_product(result, grad[:, block], self.weight[block].to(self.dtype))
         return result
 
-    def to_weight(self, grad: Tensor, x: Tensor, total: Tensor) -> None:
-        """``total += grad^T x``"""
-        if self.dtype == self.total:
-            total.addmm_(grad.t(), x)
-            return
-        for block in self._blocks():
-            total[block].add_(torch.mm(grad[:, block].t(), x))
+
+def _as_operand(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient of logits in `dtype`, of each row over a factor (n, 1), and those.
+
+    float16 would lose what is small in it: powers of two bring each row's largest to the top of its range. A
+    row that is not finite stays so, and alone; one of zeros has the least factor.
+    """
+    if grad.dtype == dtype:
+        return grad, None
+    least, most = grad.aminmax(dim=1, keepdim=True)
+    largest = torch.maximum(-least, most).nan_to_num(1.0, 1.0)
+    exponent = torch.frexp(largest).exponent.clamp(min=-100).masked_fill(largest == 0, -100)
+    factor = torch.exp2(exponent.to(grad.dtype) - 15)
+    return torch.div(grad, factor, out=torch.empty_like(grad, dtype=dtype)), factor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +279,7 @@ class _Chunk(NamedTuple):
 
     rows: slice | Tensor
     x: Tensor
-    """In the products' dtype."""
+    """As the products take it."""
     low: Tensor | None
     """``scaling * x A^T``"""
     z: Tensor
@@ -258,7 +316,7 @@ def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
 
     Ignored rows are left out where no device has to be waited for: on the CPU.
     """
-    dtype = product_dtype(head.x)
+    dtype, operand = product_dtype(head.x), operand_dtype(head.x)
     count, width = head.x.shape[0], head.weight.shape[0]
     picked = None
     if head.index_target and head.x.device.type == "cpu":
@@ -269,18 +327,18 @@ def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
             picked = counted.nonzero().squeeze(1)
             count = picked.shape[0]
     buffer = _chunk_buffer(head.x, min(head.chunk, count), width, dtype)
-    base = _Layer(head.weight, dtype)
+    base = _Layer(head.weight, operand)
     bias = None if head.bias is None else head.bias.to(dtype)
     for start in range(0, count, head.chunk):
         part: slice | Tensor = slice(start, min(start + head.chunk, count))
         rows = part if picked is None else picked[part]
-        x = head.x[rows].to(dtype)
+        x = head.x[rows].to(operand)
         z = buffer[: x.shape[0]]
         base.logits(x, bias, z)
         low = None
         if head.lora_a is not None and head.lora_b is not None:
-            low = torch.mm(x, head.lora_a.to(dtype).t()).mul_(head.lora_scaling)
-            z.addmm_(low, head.lora_b.to(dtype).t())
+            low = torch.mm(x, head.lora_a.to(operand).t()).mul_(head.lora_scaling)
+            _add_product(z, low, head.lora_b.to(operand).t())
         yield _Chunk(rows, x, low, z, own.target[rows])
 
 
@@ -397,16 +455,19 @@ class _Gradients:
         self.head = head = results.own
         self.ranks = results.ranks
         self.needs = dict(zip(_GRADIENTS, needs, strict=True))
-        dtype = product_dtype(head.x)
+        dtype = operand_dtype(head.x)
         self.base = _Layer(head.weight, dtype)
         self.added = None if head.lora_b is None else _Layer(head.lora_b.to(dtype), dtype)
-        # Where a chunk's product is rounded to 16 bits, an error is as large as the product's largest terms
-        # make it: those of the rows' own classes are added apart, unrounded.
-        self.apart = dtype == torch.bfloat16 and head.index_target and head.target.dim() == 1
+        # Where a chunk's product is rounded to 16 bits, as a CPU's is, an error is as large as the product's
+        # largest terms make it: those of the rows' own classes are added apart, unrounded.
+        rounded = dtype == torch.bfloat16 and not head.x.is_cuda
+        self.apart = rounded and head.index_target and head.target.dim() == 1
         self.sums: dict[str, Tensor] = {}
+        self.unwritten = {name for name in ("weight", "lora_b") if self.needs[name]}
         for name, like, dtype in zip(_GRADIENTS, head.differentiable, head.sum_dtypes, strict=True):
             if self.needs[name]:
-                self.sums[name] = like.new_zeros(like.shape, dtype=dtype)
+                make = like.new_empty if name in self.unwritten else like.new_zeros
+                self.sums[name] = make(like.shape, dtype=dtype)
 
     def add(self, chunk: _Chunk, of: _Planes, g: Tensor) -> None:
         """Writes the gradient of a chunk's logits over them, and adds what follows from it.
@@ -456,10 +517,12 @@ class _Gradients:
             self._scatter("bias", columns, classes)
             if own is not None:
                 self.sums["bias"].index_add_(0, own[0], own[1].squeeze(1))
-        to_x = self._through(self.base, "weight", chunk.x, grad, classes, own, needs["x"])
+        grad, factor = _as_operand(grad, self.base.dtype)
+        given = grad, factor, classes, own
+        to_x = self._through(self.base, "weight", chunk.x, *given, needs["x"])
         if chunk.low is not None and self.added is not None and head.lora_a is not None:
             need_low = needs["x"] or needs["lora_a"]
-            to_low = self._through(self.added, "lora_b", chunk.low, grad, classes, own, need_low)
+            to_low = self._through(self.added, "lora_b", chunk.low, *given, need_low)
             if to_low is not None:
                 to_low *= head.lora_scaling
                 if needs["lora_a"]:
@@ -481,29 +544,48 @@ class _Gradients:
         name: str,
         x: Tensor,
         grad: Tensor,
+        factor: Tensor | None,
         classes: Tensor | None,
         own: tuple[Tensor, Tensor] | None,
         need_input: bool,
     ) -> Tensor | None:
-        """Adds to the gradient of a layer's weight; gives that of its input `x`."""
+        """Adds to the gradient of a layer's weight; gives that of its input `x`.
+
+        `factor`: of each row of `grad`.
+        """
         some = layer if classes is None else _Layer(layer.weight[classes], layer.dtype)
         if self.needs[name]:
             total = self.sums[name]
+            largest = None
+            if factor is not None:
+                largest = factor.amax()
+                x = x * (factor / largest).to(x.dtype)
             if classes is None:
-                some.to_weight(grad, x, total)
+                put = _set_product if name in self.unwritten else _add_product
+                self.unwritten.discard(name)
+                put(total, grad.t(), x, largest)
             else:
-                part = total.new_zeros(len(classes), x.shape[1])
-                some.to_weight(grad, x, part)
+                part = total.new_empty(len(classes), x.shape[1])
+                _set_product(part, grad.t(), x, largest)
+                self._zero_unwritten(name)
                 total.index_add_(0, classes, part)
             if own is not None:
                 total.index_add_(0, own[0], own[1] * x)
         if not need_input:
             return None
         to_input = some.to_input(grad)
+        if factor is not None:
+            to_input *= factor
         return to_input if own is None else to_input.addcmul_(own[1], layer.weight[own[0]])
+
+    def _zero_unwritten(self, *names: str) -> None:
+        for name in self.unwritten.intersection(names):
+            self.sums[name].zero_()
+            self.unwritten.remove(name)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order of _GRADIENTS, empty where not wanted."""
+        self._zero_unwritten(*self.sums)  # there was no chunk
         if self.ranks is not None:  # every rank holds these, and has a part of their gradients
             for name, _ in _held_alike(self.head):
                 if self.needs[name]:
@@ -723,7 +805,7 @@ class LinearTotal(Function):
         z_loss, zero, metrics, needs, options = ctx.options
         if not metrics:
             grad_planes = None  # compiled code passes zeros
-        head, sums = Head(*rest[:8], *options), rest[8:]
+        head, sums = Head(*rest[:8], *options), list(rest[8:])  # a tuple to torch.compile before 2.12
         del rest
         if grad_total is None and grad_planes is None:
             return (None,) * (5 + len(head))
@@ -777,10 +859,13 @@ def _may_be_called_again(grad: Tensor) -> bool:
 def _times(grad: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool, zero: bool) -> Tensor:
     """`zero`: a factor 0 stands for an empty batch and gives 0, whatever it is to multiply."""
     factor = factor.to(grad.dtype)
-    result = grad * factor if keep else grad.mul_(factor)
+    if grad.is_cuda and not keep:  # in one pass
+        result = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    else:
+        result = grad * factor if keep else grad.mul_(factor)
     if zero:
         result.masked_fill_(factor == 0, 0)
-    return result.to(dtype) if keep else _rounded(result, dtype)
+    return result.to(dtype) if keep or grad.is_cuda else _rounded(result, dtype)
 
 
 def _rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,15 @@ from ._family import (
     reduced,
 )
 from ._linear_ranks import most_probable_of_all, shard_of
-from ._linear_rows import Head, default_chunk, linear_rows, linear_total, product_dtype, wants_total
+from ._linear_rows import (
+    Head,
+    default_chunk,
+    linear_rows,
+    linear_total,
+    operand_dtype,
+    product_dtype,
+    wants_total,
+)
 from ._rows import NO_WEIGHT_DERIVATIVE, check_class_weight, check_smoothing, weighted_probabilities
 from .cross_entropy import cross_entropy_reference
 from .vocab_parallel import weight_of
@@ -357,7 +365,7 @@ def _head(call: _Call, shape: _Shape, target: Tensor, index_target: bool, shard:
         label_smoothing=smoothing,
         entropy=call.metrics,
         predicted=call.metrics,
-        chunk=call.chunk_size or default_chunk(count, widest),
+        chunk=call.chunk_size or default_chunk(count, widest, input.shape[-1], input.is_cuda),
         gradient_filter=float(call.gradient_filter or 0.0) if filtering else 0.0,
         group="" if shard is None else shard.group,
         shard=() if shard is None else (shard.size, shard.start, shard.total, shard.digest),
@@ -445,8 +453,9 @@ def _note_chunks(head: Head) -> None:
     chunks = -(-head.x.shape[0] // head.chunk)
     dtype = product_dtype(head.x)
     of = "" if dtype == head.x.dtype else f" of {head.x.dtype}"
+    into = "in" if operand_dtype(head.x) == dtype else "into"
     ignored = "; ignored rows enter them" if head.index_target and head.x.device.type != "cpu" else ""
-    note(f"linear head: {chunks} chunks of at most {head.chunk} rows, products{of} in {dtype}{ignored}")
+    note(f"linear head: {chunks} chunks of at most {head.chunk} rows, products{of} {into} {dtype}{ignored}")
 
 
 def _metrics(
@@ -543,7 +552,7 @@ def linear_cross_entropy(
             ``chunk_size``; the others have nothing to choose here.
         logit_scale, softcap, z_loss, row_weight, normalizer, empty, out_dtype: as in :func:`cross_entropy`.
         chunk_size: rows of logits that exist at a time. By default as many as hold 2**24 logits (64 MiB in
-            float32), shared out evenly.
+            float32), shared out evenly; on a GPU 2**27, or as many as the weight has elements.
         shift: predict the next token: position ``t`` of ``input`` ``(*, T, H)`` is scored against the target
             at ``t + 1``, as ``cross_entropy(logits[..., :-1, :], target[..., 1:])`` would, without a copy of
             the input; ``row_weight`` moves with the target. Rows of a result are then ``(*, T - 1)``.

@@ -1377,7 +1377,16 @@ def saved_on_cpu(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def checkpointed(use_reentrant: bool) -> Callable[..., Any]:
-    return lambda model: lambda *args: checkpoint(model, *args, use_reentrant=use_reentrant)
+    def wrap(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        device = torch.get_default_device()
+
+        def there(*args: Tensor) -> Tensor:
+            with device:  # a GPU's backward has a thread of its own, with torch's default device
+                return model(*args)
+
+        return lambda *args: checkpoint(there, *args, use_reentrant=use_reentrant)
+
+    return wrap
 
 
 @pytest.mark.parametrize(
@@ -1431,7 +1440,7 @@ COMPILED_USES = {
     "returned": lambda z, loss: (loss(z), z),
     "saved by its producer": lambda z, loss: ((loss(z.sigmoid())),),
     "two losses": lambda z, loss: (loss(z) + 2 * loss(z),),
-    "a plain loss before": lambda z, loss: (cross_entropy(z, torch.ones(6).long()) + loss(z),),
+    "a plain loss before": lambda z, loss: (cross_entropy(z, z.new_ones(6).long()) + loss(z),),
 }
 
 
@@ -1445,7 +1454,8 @@ def test_inplace_backward_compiled(name: str) -> None:
         x, w = torch.randn(6, 8, requires_grad=True), torch.randn(70, 8, requires_grad=True)
 
         def loss(z: Tensor) -> Tensor:
-            return cross_entropy(z, torch.arange(6), softcap=3.0, inplace_backward=in_place)
+            target = torch.arange(6, device=z.device)
+            return cross_entropy(z, target, softcap=3.0, inplace_backward=in_place)
 
         def model(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
             return COMPILED_USES[name](x @ w.t(), loss)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lossops
 from lossops import LinearCrossEntropyLoss, _linear_rows, linear_cross_entropy
-from lossops._linear_rows import CHUNK_ELEMENTS, default_chunk
+from lossops._linear_rows import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, default_chunk
 from lossops.functional import cross_entropy_with_metrics, linear_cross_entropy_with_metrics
 from lossops.linear_cross_entropy import linear_cross_entropy_reference
 
@@ -194,7 +194,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", ["index", "few classes", "large logits", "smoothing", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@cpu_only
+@not_emulated
 def test_16_bit_gradients_are_no_less_accurate_than_with_logits(dtype: torch.dtype, kind: str) -> None:
     problem = Problem((300,), dtype=dtype, classes=1000, hidden=64, probabilities=kind == "probabilities")
     with torch.no_grad():
@@ -485,12 +485,16 @@ def test_shift_copies_no_input() -> None:
 
 
 def test_default_chunk() -> None:
-    assert default_chunk(4096, 32000) == 512
-    assert default_chunk(10, 7) == 16
-    assert default_chunk(1000, 2 * CHUNK_ELEMENTS) == 1
-    for rows, width in itertools.product((1, 17, 1000, 12345), (1, 1000, 128256, 10**6)):
-        chunk = default_chunk(rows, width)
+    assert default_chunk(4096, 32000, 512, gpu=False) == 512
+    assert default_chunk(4096, 32000, 512, gpu=True) == 4096
+    assert default_chunk(8192, 128256, 4096, gpu=True) == 4096
+    assert default_chunk(10, 7, 5, gpu=False) == 16
+    assert default_chunk(1000, 2 * CHUNK_ELEMENTS, 1, gpu=False) == 1
+    for rows, width, features in itertools.product((1, 17, 1000, 12345), (1, 1000, 128256, 10**6), (1, 999)):
+        chunk = default_chunk(rows, width, features, gpu=False)
         assert chunk >= 1 and (chunk * width <= CHUNK_ELEMENTS or chunk in (1, 16))
+        chunk = default_chunk(rows, width, features, gpu=True)
+        assert chunk >= 1 and (chunk * width <= max(GPU_CHUNK_ELEMENTS, width * features) or chunk in (1, 16))
 
 
 @cpu_only
