@@ -163,10 +163,11 @@ SHORT_ROWS_BYTES = {"float16": 128 * 132, "bfloat16": 128 * 132, "float32": 128 
 
 BELOW_HALF = {
     "a": "numbers of twice the size: a quarter of the threads, `kResident`",
-    "b": "with target weights there are twice the loads in flight: `kResident`",
-    "c": "four packs of 16-bit logits in flight and the sums of one: `kResidentForward`, `kResidentTiles`",
+    "b": "with target weights there are twice the loads in flight: `kResident`, `kResidentRows`",
+    "c": "four packs of 16-bit logits in flight and the sums of one: `kResidentTiles`",
     "d": "each thread has a pack of rows, with the scalars of each: `kResident<A, true>`",
-    "e": "row functions have more sums and scalars a row, and transform each logit: `kResidentPlanes`",
+    "e": "row functions have more sums and scalars a row, and transform each logit: `kResidentPlanes`, "
+    "`kResidentGradient`",
 }
 
 
@@ -201,7 +202,7 @@ def describe(name: str) -> Kernel:
     if function in ("forward_rows", "backward_rows"):
         dense = words[numbers[1]]
         forward = function == "forward_rows"
-        reason = "a" if double else "b" if dense else "c" if half_size and forward else ""
+        reason = "a" if double else "b" if dense else ""
         text = f"cross-entropy {function.split('_')[0]}, rows {LANES[numbers[0]]}"
         return Kernel(
             (0, not forward, 0, -int(numbers[0]), dense, rank),

@@ -15,18 +15,17 @@ namespace lossops::cuda {
 // Small blocks: while one waits for its row's scalars or adds up its sums, there are others to read.
 constexpr int kThreads = 128;
 // Blocks to a multiprocessor: half of its threads, or a quarter where each has twice the loads in flight
-// (target weights, packs of rows) or numbers of twice the size, and needs the registers for them. Four packs
-// of 16-bit logits and the sums of one do not fit into the registers of half the threads; and for Blackwell
-// the compiler wants some more for the same code.
+// (target weights, packs of rows) or numbers of twice the size, and needs the registers for them. For
+// Blackwell the compiler wants some more for the same code.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kHalf = 7, kHalfOf16Bit = 5;
+constexpr int kHalf = 7;
 #else
-constexpr int kHalf = 8, kHalfOf16Bit = 6;
+constexpr int kHalf = 8;
 #endif
 template <class A, bool kDense>
 constexpr int kResident = std::is_same_v<A, double> || kDense ? 4 : kHalf;
 template <class T, class A, bool kDense>
-constexpr int kResidentForward = sizeof(T) == 2 && !kDense ? kHalfOf16Bit : kResident<A, kDense>;
+constexpr int kResidentRows = sizeof(T) == 2 && kDense ? 5 : kResident<A, kDense>;
 template <class T, class A, bool kDense>
 constexpr int kResidentTiles = sizeof(T) == 2 && !kDense ? 5 : kResident<A, kDense>;
 
@@ -158,6 +157,20 @@ struct alignas(16) RowState {
     }
   }
 
+  // Then, where every class has the same t: as if that were 1, and scale_targets(t) at last.
+  template <int N>
+  LOSSOPS_DEVICE void add_ones(const A (&z)[N]) {
+    const A ref = anchor(max);
+#pragma unroll
+    for (int k = 0; k < N; ++k) dot += z[k] - ref;
+    target_sum += N;
+  }
+
+  LOSSOPS_DEVICE void scale_targets(A t) {
+    target_sum *= t;
+    dot *= t;
+  }
+
   LOSSOPS_DEVICE void merge(RowState other) {
     const A new_max = larger(max, other.max);
     raise(new_max);
@@ -167,11 +180,12 @@ struct alignas(16) RowState {
     dot += other.dot;
   }
 
-  template <bool kDense, int kLanes>
-  LOSSOPS_DEVICE void merge_lanes() {
+  // `targets`: whether there is a target_sum.
+  template <int kLanes>
+  LOSSOPS_DEVICE void merge_lanes(bool targets) {
     raise(lanes_max<kLanes>(max));
     sum = lanes_sum<kLanes>(sum);
-    if constexpr (kDense) {
+    if (targets) {
       target_sum = lanes_sum<kLanes>(target_sum);
       dot = lanes_sum<kLanes>(dot);
     }
@@ -180,9 +194,9 @@ struct alignas(16) RowState {
 
 // The state of the kLanes threads that share a row, in the first of them. `turn` alternates from call to
 // call: a block's next sums must not overwrite those still being read.
-template <int kLanes, bool kDense, class A>
-LOSSOPS_DEVICE RowState<A> merge(RowState<A> state, int turn) {
-  state.template merge_lanes<kDense, kLanesOfWarp<kLanes>>();
+template <int kLanes, class A>
+LOSSOPS_DEVICE RowState<A> merge(RowState<A> state, int turn, bool targets) {
+  state.template merge_lanes<kLanesOfWarp<kLanes>>(targets);
   if constexpr (kLanes > kWarp) {
     constexpr int kWarps = kLanes / kWarp;
     __shared__ A shared[2][4][kWarps]; // not states: shared memory takes no constructor
@@ -201,7 +215,7 @@ LOSSOPS_DEVICE RowState<A> merge(RowState<A> state, int turn) {
       state.target_sum = shared[turn][2][lane];
       state.dot = shared[turn][3][lane];
     }
-    if (warp == 0) state.template merge_lanes<kDense, kWarp>();
+    if (warp == 0) state.template merge_lanes<kWarp>(targets);
   }
   return state;
 }
@@ -637,11 +651,13 @@ LOSSOPS_DEVICE void for_tile_classes(int first, int step, int classes, const F& 
   for (; c < classes; c += step) f(Count<1>(), c);
 }
 
-template <int kRows, class F>
+// f(first row) for the tiles of this block. A backward pass begins at the end: there lies what its forward
+// read last, and the L2 may still hold it.
+template <int kRows, bool kFromEnd, class F>
 LOSSOPS_DEVICE void for_each_tile(const CrossEntropyProblem& a, const Tiling& tiling, const F& f) {
   const int64_t width = int64_t{tiling.across} * kRows;
-  for (int64_t tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x)
-    f(tile * width + threadIdx.x % tiling.across * kRows);
+  for (int64_t t = blockIdx.x; t < tiling.tiles; t += gridDim.x)
+    f((kFromEnd ? tiling.tiles - 1 - t : t) * width + threadIdx.x % tiling.across * kRows);
 }
 
 LOSSOPS_DEVICE void step(const CrossEntropyProblem& a, int64_t (&o)[kCrossEntropyOperands]) {

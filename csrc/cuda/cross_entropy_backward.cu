@@ -37,7 +37,7 @@ struct RowGradient {
 // Rows by a block, a warp or a few lanes of one
 
 template <class T, class A, int kLanes, bool kDense>
-__global__ void __launch_bounds__(kThreads, kResident<A, kDense>)
+__global__ void __launch_bounds__(kThreads, kResidentRows<T, A, kDense>)
     backward_rows(const __grid_constant__ CrossEntropyBackward a, const __grid_constant__ Rows rows) {
   const int lane = threadIdx.x % kLanes;
   const Piece piece(a, rows);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
   const Smoothing<A> smoothing(a);
   const A* weight = static_cast<const A*>(a.weight);
   for (int64_t t = blockIdx.x; t < rows.tiles; t += gridDim.x) {
-    const ShortTile tile(a, rows, t);
+    const ShortTile tile(a, rows, rows.tiles - 1 - t); // as for_each_tile has it
     tile.copy<true>(static_cast<T*>(a.logits.data), shared, rows);
     RowGradient<A> r;
     if (tile.row < a.rows.count) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, true>)
   const int classes = static_cast<int>(a.classes);
   const Smoothing<A> smoothing(a);
   const A* weight = static_cast<const A*>(a.weight);
-  for_each_tile<kRows>(a, tiling, [&](int64_t first) {
+  for_each_tile<kRows, true>(a, tiling, [&](int64_t first) {
     if (first >= a.rows.count) return;
     int64_t o[kCrossEntropyOperands];
     a.rows.offsets(first, o);
@@ -254,9 +254,7 @@ void launch(const CrossEntropyBackward& a, void*, void* stream_) {
   Plan plan = plan_of(a);
   trace("cross_entropy_backward", plan);
   const unsigned blocks = grid(op, plan.blocks);
-  const bool smoothed_alone = a.index_target() && a.weight == nullptr && plan.way != Plan::kTiles;
-  const bool dense =
-      is_dense(a) && !smoothed_alone; // rows take one value from all classes without packs of t
+  const bool dense = is_dense(a, plan);
   with_types(a, plan.typed, [&](auto element, auto accumulation) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;

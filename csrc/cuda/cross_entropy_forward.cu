@@ -66,15 +66,17 @@ LOSSOPS_DEVICE RowState<A> row_state(const CrossEntropyProblem& a, const int64_t
       z.template widen_raw<kWidth>(logits[u], logit);
       if (kDense) target_weights<kWidth>(p, probabilities[u], w[u], smoothing, t);
       state.template add<T, kDense>(logit, t);
+      if (!kDense && a.has_target_sum()) state.add_ones(logit);
     }
   };
   for_classes<T, kLanes, kDense, kDense>(piece.size, packs, lane, add);
+  if (!kDense && a.has_target_sum()) state.scale_targets(smoothing.spread);
   return state;
 }
 
 // With one slice to a row: the rows' results and of_block; else only the slices' states, for join_slices.
 template <class T, class A, int kLanes, bool kDense>
-__global__ void __launch_bounds__(kThreads, kResidentForward<T, A, kDense>)
+__global__ void __launch_bounds__(kThreads, kResidentRows<T, A, kDense>)
     forward_rows(const __grid_constant__ CrossEntropyForward a, const __grid_constant__ Rows rows,
                  Sums* of_block, RowState<A>* of_slice) {
   const int lane = threadIdx.x % kLanes;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kResidentForward<T, A, kDense>)
           if (is_first<kLanes>() && rows.slices == 1) target_logit = logit_at<A>(a, o, index);
           state = row_state<T, A, kLanes, kDense>(a, o, piece, lane);
         }
-        state = merge<kLanes, kDense>(state, turn);
+        state = merge<kLanes>(state, turn, a.has_target_sum());
         if (!is_first<kLanes>() || !here) return;
         if (rows.slices > 1) {
           of_slice[row * rows.slices + piece.slice] = state;
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, false>)
     a.rows.offsets(row, o);
     RowState<A> state;
     for (int64_t slice = lane; slice < slices; slice += kWarp) state.merge(of_slice[row * slices + slice]);
-    state.template merge_lanes<true, kWarp>();
+    state.template merge_lanes<kWarp>(a.has_target_sum());
     if (!is_first<kWarp>()) continue;
     const RowTarget<A> target = read_target<A>(a, o);
     RowResult<A>(a, state, target, logit_at<A>(a, o, target.index), sums).store(a, o[kRow]);
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
   const Smoothing<A> smoothing(a);
   const A* weight = static_cast<const A*>(a.weight);
   Sums sums;
-  for_each_tile<kRows>(a, tiling, [&](int64_t first) {
+  for_each_tile<kRows, false>(a, tiling, [&](int64_t first) {
     const bool here = first < a.rows.count;
     int64_t o[kCrossEntropyOperands];
     a.rows.offsets(here ? first : 0, o);
@@ -347,7 +349,7 @@ void launch(const CrossEntropyForward& a, void* workspace, void* stream_) {
   const Plan plan = plan_of(a);
   const Result result{a.reduction, a.loss_dtype, a.loss, a.normalizer};
   Sums* of_block = static_cast<Sums*>(workspace);
-  const bool dense = is_dense(a);
+  const bool dense = is_dense(a, plan);
   if (plan.blocks > 0) {
     trace("cross_entropy_forward", plan);
     const unsigned blocks = grid(op, plan.blocks);

@@ -179,8 +179,11 @@ inline void trace(const char* kernel, const Plan& plan) {
   record({kernel, way, "cuda", plan.blocks});
 }
 
-inline bool is_dense(const CrossEntropyProblem& a) {
-  return a.has_target_sum();
+// Whether there are packs of t to read or to make. Without class weights rows take smoothing's one value for
+// all classes.
+inline bool is_dense(const CrossEntropyProblem& a, const Plan& plan) {
+  const bool smoothed_alone = a.index_target() && a.weight == nullptr && plan.way != Plan::kTiles;
+  return a.has_target_sum() && !smoothed_alone;
 }
 
 // f(Type<element>, Type<accumulation>)

@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
   const Smoothing<A> smoothing(a);
   const Transform<A> transform(a);
   const A* weight = static_cast<const A*>(a.weight);
-  for_each_tile<1>(a, tiling, [&](int64_t row) {
+  for_each_tile<1, false>(a, tiling, [&](int64_t row) {
     const bool here = row < a.rows.count;
     int64_t o[kCrossEntropyOperands];
     a.rows.offsets(here ? row : 0, o);
@@ -365,7 +365,7 @@ void launch(const CrossEntropyRowsForward& a, void* workspace, void* stream_) {
     });
     return check_launch(op);
   }
-  with_rows(a, plan, is_dense(a), [&](auto element, auto accumulation, auto lanes, auto dense) {
+  with_rows(a, plan, a.has_target_sum(), [&](auto element, auto accumulation, auto lanes, auto dense) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;
     planes_of_rows<T, A, decltype(lanes)::value, decltype(dense)::value>

@@ -8,9 +8,11 @@ namespace lossops::cuda {
 
 // Blocks to a multiprocessor: the sums behind the entropy, the place of the maximum and the transform want
 // more registers than the plain loss; numbers of twice the size do not fit into those of a quarter of the
-// threads.
+// threads. Without target weights the gradient of 16-bit logits leaves room for one block more.
 template <class A>
 constexpr int kResidentPlanes = std::is_same_v<A, double> ? 3 : 4;
+template <class T, class A, bool kDense>
+constexpr int kResidentGradient = sizeof(T) == 2 && !kDense ? 5 : kResidentPlanes<A>;
 
 // Whether rows have a kernel without target weights for this dtype: where it is worth its compile time.
 template <class T, class A>

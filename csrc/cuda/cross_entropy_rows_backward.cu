@@ -189,7 +189,7 @@ LOSSOPS_DEVICE A write_gradient(const CrossEntropyRowsBackward& a, const int64_t
 }
 
 template <class T, class A, int kLanes, bool kDense>
-__global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
+__global__ void __launch_bounds__(kThreads, kResidentGradient<T, A, kDense>)
     gradient_of_rows(const __grid_constant__ CrossEntropyRowsBackward a, const __grid_constant__ Rows rows,
                      A* of_slice) {
   const int lane = threadIdx.x % kLanes;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
   const Smoothing<A> smoothing(a);
   const Transform<A> transform(a);
   const A* weight = static_cast<const A*>(a.weight);
-  for_each_tile<1>(a, tiling, [&](int64_t row) {
+  for_each_tile<1, true>(a, tiling, [&](int64_t row) {
     const bool here = row < a.rows.count;
     int64_t o[kCrossEntropyOperands];
     a.rows.offsets(here ? row : 0, o);
@@ -495,9 +495,7 @@ void launch(const CrossEntropyRowsBackward& a, void* workspace, void* stream_) {
     });
     return check_launch(op);
   }
-  // Without class weights rows take the smoothing's one value for all classes.
-  const bool dense = is_dense(a) && !(a.index_target() && a.weight == nullptr);
-  with_rows(a, plan, dense, [&](auto element, auto accumulation, auto lanes, auto flag) {
+  with_rows(a, plan, is_dense(a, plan), [&](auto element, auto accumulation, auto lanes, auto flag) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;
     gradient_of_rows<T, A, decltype(lanes)::value, decltype(flag)::value>

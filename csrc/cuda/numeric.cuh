@@ -95,6 +95,15 @@ LOSSOPS_DEVICE void store_pack(T* p, const Pack<T>& pack) {
 
 template <class T, class A>
 LOSSOPS_DEVICE void unpack(const Pack<T>& pack, A (&out)[kPackSize<T>]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) { // one by one each would take a register before it is used
+    const auto* pairs = reinterpret_cast<const unsigned*>(&pack);
+#pragma unroll
+    for (int k = 0; k < kPackSize<T>; k += 2) {
+      out[k] = __uint_as_float(pairs[k / 2] << 16);
+      out[k + 1] = __uint_as_float(pairs[k / 2] & 0xffff0000u);
+    }
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kPackSize<T>; ++k) out[k] = widen<A>(pack.value[k]);
 }
