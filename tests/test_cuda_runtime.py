@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,13 @@ each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def no_old_graphs(request: pytest.FixtureRequest) -> None:
+    """A graph that is collected while another one is captured makes that capture invalid."""
+    if "graph" in request.node.name:
+        gc.collect()
 
 
 @pytest.fixture
