@@ -392,7 +392,7 @@ def plot_memory(path: Path, rows: Sequence[Row], where: str) -> None:
     figure, (axes,) = _figure(groups, 1, f"Extra memory of forward + backward\n{where}")
     if chosen:
         _bars(axes, chosen, groups, multiple, label, colours)
-        logits = " (linear: of the logits)" if any(row.flops for row in chosen) else ""
+        logits = "\n(linear: of the logits)" if any(row.flops for row in chosen) else ""
         axes.set_xlabel(f"peak beyond inputs and gradients / size of the input{logits}", fontsize=9)
         axes.set_xlim(left=0)
         figure.legend(loc="outside lower center", ncols=6, frameon=False)

@@ -234,6 +234,39 @@ def test_ways_without_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(a, e) < 2**-8, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@not_emulated
+def test_16_bit_layers_of_a_low_rank(dtype: torch.dtype) -> None:
+    """Rows of very different weights, for which float16 needs factors of its own on a GPU."""
+    problem = Problem((40,), dtype=dtype, classes=410, hidden=8, lora=True, row_weight=True)
+    with torch.no_grad():
+        problem.leaves["row_weight"][::3] *= 2**-10
+        problem.leaves["row_weight"][5] = 0
+    exact = _gradients(problem.call(linear_cross_entropy_reference), problem.exact())
+    ours = _gradients(problem.call(linear_cross_entropy, chunk_size=16), problem.values())
+    for name, a, e in zip(problem.leaves, ours, exact, strict=True):
+        assert error(a, e) < (2**-6 if dtype == torch.bfloat16 else 2**-9), name
+        if name == "input":
+            for row in range(0, 40, 3):
+                assert error(a[row], e[row]) < 2**-6, row
+
+
+@not_emulated
+def test_rows_of_float16_keep_their_range() -> None:
+    """What a GPU multiplies in place of float32 gradients."""
+    grad = torch.randn(5, 300) * torch.tensor([2.0**-90, 2.0**-20, 1.0, 2.0**20, 0.0])[:, None]
+    wild = torch.randn(2, 300)
+    wild[0, 7], wild[1, 11] = float("inf"), float("nan")
+    values, factor = _linear_rows._as_operand(torch.cat([grad, wild]), torch.float16)
+    assert values.dtype == torch.float16
+    for row in range(4):
+        assert error(values[row].double() * factor[row], grad[row].double()) < 2**-11, row
+        assert 2**14 <= values[row].abs().max() <= 2**15
+    assert not values[4].any() and factor[4] < factor[:4].min()
+    assert values[5].isinf().sum() == 1 and values[5, 7] == float("inf") and not values[5].isnan().any()
+    assert values[6].isnan().sum() == 1 and values[6, 11].isnan()
+
+
 def test_float16_gradients_under_a_loss_scale() -> None:
     problem = Problem((64,), dtype=torch.float16, classes=500, hidden=16)
     exact = _gradients(problem.call(linear_cross_entropy_reference), problem.exact())
