@@ -222,6 +222,7 @@ WAYS = {
     "warp": (107, 300),
     "block": (101, 520),
     "block, two steps": (21, 2600),
+    "two slices": (6, 1100),
     "slices": (6, 1800),
     "more slices than lanes": (1, 20_483),
     "tiles": (1, 3, 23, 31),
@@ -623,7 +624,7 @@ def row_functions(dtype: torch.dtype) -> Iterator[Case]:
     transforms = itertools.cycle(TRANSFORMS)
     for way, shape in WAYS.items():
         for kind in KINDS:
-            for given in TRANSFORMS if way in ("warp", "slices", "tiles") else [next(transforms)]:
+            for given in TRANSFORMS if way in ("warp", "two slices", "tiles") else [next(transforms)]:
                 yield (
                     f"row functions, {way}, {kind}, {given}",
                     lambda s=shape, k=kind, g=given: check_rows_of_kind(k, drawn(s, dtype), g),
