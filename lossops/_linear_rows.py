@@ -200,7 +200,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = No
     else:
         for block in _blocks(total):
             part = torch.mm(a[block], b, total.dtype) if a.is_cuda else torch.mm(a[block], b)
-            total[block].add_(part) if factor is None else total[block].addcmul_(part, factor)
+            if factor is None:
+                total[block].add_(part)
+            else:
+                total[block].addcmul_(part, factor)
 
 
 def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
@@ -805,7 +808,7 @@ class LinearTotal(Function):
         z_loss, zero, metrics, needs, options = ctx.options
         if not metrics:
             grad_planes = None  # compiled code passes zeros
-        head, sums = Head(*rest[:8], *options), list(rest[8:])  # a tuple to torch.compile before 2.12
+        head, sums = Head(*rest[:8], *options), list(rest[8:])  # which torch.compile of 2.11 has as a tuple
         del rest
         if grad_total is None and grad_planes is None:
             return (None,) * (5 + len(head))
@@ -859,13 +862,13 @@ def _may_be_called_again(grad: Tensor) -> bool:
 def _times(grad: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool, zero: bool) -> Tensor:
     """`zero`: a factor 0 stands for an empty batch and gives 0, whatever it is to multiply."""
     factor = factor.to(grad.dtype)
-    if grad.is_cuda and not keep:  # in one pass
+    if grad.is_cuda and not keep and grad.dtype != dtype:  # in one pass
         result = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
     else:
         result = grad * factor if keep else grad.mul_(factor)
     if zero:
         result.masked_fill_(factor == 0, 0)
-    return result.to(dtype) if keep or grad.is_cuda else _rounded(result, dtype)
+    return result.to(dtype) if keep else _rounded(result, dtype)
 
 
 def _rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
