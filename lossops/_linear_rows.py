@@ -183,6 +183,12 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_cuda else product_dtype(x)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, on a GPU as it was summed: of 16-bit numbers in float32."""
+    summed = torch.promote_types(a.dtype, torch.float32)
+    return torch.mm(a, b, summed) if a.is_cuda and a.dtype != summed else torch.mm(a, b)
+
+
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a b``"""
     if a.dtype == out.dtype:
@@ -199,7 +205,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = No
         torch.addmm(total, a, b, total.dtype, out=total)
     else:
         for block in _blocks(total):
-            part = torch.mm(a[block], b, total.dtype) if a.is_cuda else torch.mm(a[block], b)
+            part = _product(a[block], b)
             if factor is None:
                 total[block].add_(part)
             else:
@@ -249,9 +255,7 @@ class _Layer:
     def to_input(self, grad: Tensor) -> Tensor:
         """``grad W``"""
         if self.weight.dtype == self.dtype:
-            if grad.is_cuda and self.dtype != self.total:
-                return torch.mm(grad, self.weight, self.total)
-            return torch.mm(grad, self.weight).to(self.total)
+            return _product(grad, self.weight).to(self.total)
         result = grad.new_zeros(grad.shape[0], self.weight.shape[1], dtype=self.total)
         for block in _blocks(self.weight):
             _add_product(result, grad[:, block], self.weight[block].to(self.dtype))

@@ -365,6 +365,8 @@ void launch(const CrossEntropyRowsForward& a, void* workspace, void* stream_) {
     });
     return check_launch(op);
   }
+  // Not is_dense: smoothing's one sum beside the planes would cost all other options more than it saves
+  // there.
   with_rows(a, plan, a.has_target_sum(), [&](auto element, auto accumulation, auto lanes, auto dense) {
     using T = typename decltype(element)::type;
     using A = typename decltype(accumulation)::type;
