@@ -33,7 +33,7 @@ class Ahead:
     """Of one loss: whether its last backward passes wanted what could have been computed ahead."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._note = f"{name}: a loop's later steps compute this gradient in the forward pass, with the loss"
         self._wanted = False
 
     def is_asked(self, ctx: Any, has_op: bool, input: Tensor, target: Tensor) -> bool:
@@ -79,5 +79,5 @@ class Ahead:
         ):
             return None
         self._wanted = True
-        note(f"{self._name}: a loop's later steps compute this gradient in the forward pass, with the loss")
+        note(self._note)
         return gradient

@@ -20,7 +20,7 @@ from ._autograd import bare_apply
 LIMIT = 1 << 17  # elements: beyond, what is saved no longer shows
 
 _TYPES = (Tensor, torch.nn.Parameter)
-_SCALAR = torch.empty_strided((), (), dtype=torch.float32, device="cpu")
+SCALAR = torch.empty_strided((), (), dtype=torch.float32, device="cpu")
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
@@ -51,20 +51,33 @@ def address(x: Tensor, dtype: torch.dtype) -> int:
 def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple[int, int] | None:
     """Of the arguments of a loss that may go round the dispatcher."""
     if (
-        input.requires_grad
+        type(input) in _TYPES
+        and type(target) in _TYPES
+        and input.requires_grad
+        and not target.requires_grad
         and is_grad_enabled()
         and not is_compiling()
-        and not target.requires_grad
-        and (x := address(input, torch.float32))
-        and (y := address(target, target_dtype))
+        and input.dtype is torch.float32
+        and target.dtype is target_dtype
         and input.numel() <= LIMIT
+        and input.is_cpu
+        and target.is_cpu
+        and input.is_contiguous()
+        and target.is_contiguous()
+        and not input.is_neg()
+        and not target.is_neg()
         and not _transforms_active()
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0
         and _tracing() is None
         and not _profiling()
     ):
-        return x, y
+        try:  # as in address()
+            x, y = input.data_ptr(), target.data_ptr()
+        except RuntimeError:
+            return None
+        if x and y:
+            return x, y
     return None
 
 
@@ -95,8 +108,3 @@ def short_apply(function: type[Function]) -> Callable[..., Any]:
     """`bare_apply`; and the engine calls the function's `backward` without torch's way of finding it."""
     function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
     return bare_apply(function)
-
-
-def empty_scalar() -> Tensor:
-    """A 0-d float32 tensor on the CPU, whatever torch's defaults are set to."""
-    return torch.empty_like(_SCALAR)

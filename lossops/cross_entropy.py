@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -64,7 +64,7 @@ from ._rows import (
     transform_reference,
     weighted_probabilities,
 )
-from ._small import addresses, empty_scalar, gradient_addresses, short_apply
+from ._small import SCALAR, addresses, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.cross_entropy_forward.default
 _forward_backward = torch.ops.lossops.cross_entropy_forward_backward.default
@@ -205,13 +205,13 @@ class SmallCrossEntropy(Function):
     @staticmethod
     def forward(ctx, logits, target, ignore_index, logits_address, target_address):
         rows, classes = logits.shape
-        loss = empty_scalar()
-        ctx.gradient = torch.empty_like(logits) if _ahead.is_asked_of_small(ctx) else None
+        loss = empty_like(SCALAR)
+        ctx.gradient = gradient = empty_like(logits) if _ahead.is_asked_of_small(ctx) else None
         kept = _C.small_cross_entropy_forward(
             logits_address,
             target_address,
             loss.data_ptr(),
-            0 if ctx.gradient is None else ctx.gradient.data_ptr(),
+            0 if gradient is None else gradient.data_ptr(),
             rows,
             classes,
             ignore_index,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -36,7 +36,7 @@ from ._autograd import (
     unsupported_dtype,
 )
 from ._explain import note
-from ._small import addresses, empty_scalar, gradient_addresses, short_apply
+from ._small import SCALAR, addresses, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
@@ -165,10 +165,10 @@ class SmallMSE(Function):
 
     @staticmethod
     def forward(ctx, input, target, input_address, target_address):
-        loss = empty_scalar()
-        ctx.gradient = torch.empty_like(input) if _ahead.is_asked_of_small(ctx) else None
-        ahead = 0 if ctx.gradient is None else ctx.gradient.data_ptr()
-        _C.small_mse_forward(input_address, target_address, loss.data_ptr(), ahead, input.numel())
+        loss = empty_like(SCALAR)
+        ctx.gradient = gradient = empty_like(input) if _ahead.is_asked_of_small(ctx) else None
+        grad = 0 if gradient is None else gradient.data_ptr()
+        _C.small_mse_forward(input_address, target_address, loss.data_ptr(), grad, input.numel())
         ctx.save_for_backward(input, target)
         return loss
 
@@ -463,6 +463,15 @@ def mse_loss(
     code = reduction_code(reduction, size_average, reduce)
     try:
         shape = input.shape
+        if (  # first, for here each further question would show; float32 is what autocast makes of it, too
+            weight is None
+            and mask is None
+            and code == MEAN
+            and target.shape == shape
+            and (small := addresses(input, target, torch.float32))
+        ):
+            note("a small batch: the kernels are called without the dispatcher")
+            return _apply_small(input, target, *small)
         if target.shape != shape:
             warnings.warn(
                 f"Using a target size ({target.size()}) that is different to the input size "
@@ -490,14 +499,6 @@ def mse_loss(
             if may_be_differentiated(weight) or (code == MEAN and input.shape != shape):
                 return _composed_weighted_mse(input, target, weight, mask, code, out_dtype)
             weight = weight.expand(input.shape)
-        elif (
-            mask is None
-            and code == MEAN
-            and out_dtype is None
-            and (small := addresses(input, target, torch.float32))
-        ):
-            note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target, *small)
         if mask is not None:
             mask = mask.expand(input.shape)
         args = input, target, weight, mask, code, out_dtype
