@@ -15,6 +15,7 @@
 #include "cpu/memory.h"
 #include "cross_entropy.h"
 #include "mse.h"
+#include "product.h"
 #include "trace.h"
 #ifdef LOSSOPS_CUDA
 #include "cuda/runtime.h"
@@ -174,6 +175,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("drop_pages", &drop_pages, "Gives the whole pages among these bytes back to the system.");
   m.def("set_stream_bytes", &set_stream_bytes,
         "Gradients of this size and more are written past the caches; returns what it was. For tests.");
+  m.def("multiplies_faster", &multiplies_faster,
+        "Whether products of float32 and float64 are faster by the op multiply_ than by torch.");
   m.def("cuda_build_info", &cuda_build_info, "The CUDA toolkit and architectures built in, or None.");
   m.def("small_cross_entropy_forward", &small_cross_entropy_forward);
   m.def("small_cross_entropy_backward", &small_cross_entropy_backward);

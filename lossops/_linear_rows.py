@@ -28,11 +28,16 @@ from ._distributed import replicated
 from ._explain import note
 from ._family import Family, row_losses, unused_rows, upstream, weighted_losses, without_unused
 from ._linear_ranks import Ranks, chunk_of_all
+from ._products import (
+    BLOCK_ELEMENTS,
+    Layer,
+    add_product,
+    as_operand,
+    operand_dtype,
+    product_dtype,
+    set_product,
+)
 from ._rows import row_functions, transform_reference, with_values
-
-# Whether this processor multiplies bfloat16. Asked once, and not where torch.compile would have to trace the
-# question, which it refuses to.
-_CPU_HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 # A chunk's logits: 64 MiB in float32. Enough rows to keep the products near their full speed, in which each
 # chunk reads and writes the weight's gradient once more, and little beside the weight of such a head.
@@ -40,14 +45,6 @@ CHUNK_ELEMENTS = 1 << 24
 # A GPU multiplies so much faster than it reads that it wants some thousand rows; and as many logits as the
 # weight has elements where those are more: its 16-bit gradient will take as much beside the sums.
 GPU_CHUNK_ELEMENTS = 1 << 27
-
-# What a product is converted by where that takes a buffer: 2 or 4 MiB that stay in a CPU's cache; enough to
-# fill a GPU.
-_BLOCK_ELEMENTS = 1 << 20
-_GPU_BLOCK_ELEMENTS = 1 << 25
-
-# Whether torch adds a product of 16-bit numbers to a float32 matrix in place, on a GPU.
-_ADDS_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 class Head(NamedTuple):
@@ -161,123 +158,6 @@ def default_chunk(rows: int, logits_a_row: int, features: int, gpu: bool) -> int
 
 
 # --------------------------------------------------------------------------------------------------
-# Matrix products
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What the logits are computed to.
-
-    float32 for float16, whose range a sum over a chunk's rows may leave before it is divided by their number,
-    and in which what is still to be multiplied by a loss scale may be lost; and for bfloat16 on a processor
-    that has no products of it, which torch then emulates at a fifth of float32's speed.
-    """
-    if x.dtype == torch.float16:
-        return torch.float32
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _CPU_HAS_BFLOAT16:
-        return torch.float32
-    return x.dtype
-
-
-def operand_dtype(x: Tensor) -> torch.dtype:
-    """What is multiplied: a GPU's products of 16-bit numbers can be left as they were summed, in float32."""
-    return x.dtype if x.is_cuda else product_dtype(x)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, on a GPU as it was summed: of 16-bit numbers in float32."""
-    summed = torch.promote_types(a.dtype, torch.float32)
-    return torch.mm(a, b, summed) if a.is_cuda and a.dtype != summed else torch.mm(a, b)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a b``"""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out.dtype, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-    """``total += factor * a b``, by blocks of rows where that takes a buffer."""
-    if factor is None and a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif factor is None and a.is_cuda and _ADDS_WIDE:
-        torch.addmm(total, a, b, total.dtype, out=total)
-    else:
-        for block in _blocks(total):
-            part = _product(a[block], b)
-            if factor is None:
-                total[block].add_(part)
-            else:
-                total[block].addcmul_(part, factor)
-
-
-def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-    """``total = factor * a b``"""
-    if a.dtype == total.dtype or a.is_cuda:
-        _multiply(a, b, total)
-    else:
-        for block in _blocks(total):
-            total[block] = torch.mm(a[block], b)
-    if factor is not None:
-        total *= factor
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Of its rows."""
-    elements = _GPU_BLOCK_ELEMENTS if matrix.is_cuda else _BLOCK_ELEMENTS
-    rows = max(16, elements // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], rows):
-        yield slice(start, start + rows)
-
-
-class _Layer:
-    """One layer's products with a chunk. A weight of another dtype than theirs is converted by blocks."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight
-        self.dtype = dtype
-        self.total = torch.promote_types(dtype, torch.float32)  # what gradients are summed in
-
-    def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """``out = x W^T + bias``"""
-        if self.weight.dtype != self.dtype:
-            for block in _blocks(self.weight):
-                _multiply(x, self.weight[block].to(self.dtype).t(), out[:, block])
-        elif bias is None or bias.dtype != self.dtype:
-            _multiply(x, self.weight.t(), out)
-        else:
-            torch.addmm(bias, x, self.weight.t(), out=out)
-            return
-        if bias is not None:
-            out.add_(bias)
-
-    def to_input(self, grad: Tensor) -> Tensor:
-        """``grad W``"""
-        if self.weight.dtype == self.dtype:
-            return _product(grad, self.weight).to(self.total)
-        result = grad.new_zeros(grad.shape[0], self.weight.shape[1], dtype=self.total)
-        for block in _blocks(self.weight):
-            _add_product(result, grad[:, block], self.weight[block].to(self.dtype))
-        return result
-
-
-def _as_operand(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A gradient of logits in `dtype`, of each row over a factor (n, 1), and those.
-
-    float16 would lose what is small in it: powers of two bring each row's largest to the top of its range. A
-    row that is not finite stays so, and alone; one of zeros has the least factor.
-    """
-    if grad.dtype == dtype:
-        return grad, None
-    least, most = grad.aminmax(dim=1, keepdim=True)
-    largest = torch.maximum(-least, most).nan_to_num(1.0, 1.0)
-    exponent = torch.frexp(largest).exponent.clamp(min=-100).masked_fill(largest == 0, -100)
-    factor = torch.exp2(exponent.to(grad.dtype) - 15)
-    return torch.div(grad, factor, out=torch.empty_like(grad, dtype=dtype)), factor
-
-
-# --------------------------------------------------------------------------------------------------
 # Passes over the chunks
 
 
@@ -334,7 +214,7 @@ def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
             picked = counted.nonzero().squeeze(1)
             count = picked.shape[0]
     buffer = _chunk_buffer(head.x, min(head.chunk, count), width, dtype)
-    base = _Layer(head.weight, operand)
+    base = Layer(head.weight, operand)
     bias = None if head.bias is None else head.bias.to(dtype)
     for start in range(0, count, head.chunk):
         part: slice | Tensor = slice(start, min(start + head.chunk, count))
@@ -345,7 +225,7 @@ def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
         low = None
         if head.lora_a is not None and head.lora_b is not None:
             low = torch.mm(x, head.lora_a.to(operand).t()).mul_(head.lora_scaling)
-            _add_product(z, low, head.lora_b.to(operand).t())
+            add_product(z, low, head.lora_b.to(operand).t())
         yield _Chunk(rows, x, low, z, own.target[rows])
 
 
@@ -463,8 +343,8 @@ class _Gradients:
         self.ranks = results.ranks
         self.needs = dict(zip(_GRADIENTS, needs, strict=True))
         dtype = operand_dtype(head.x)
-        self.base = _Layer(head.weight, dtype)
-        self.added = None if head.lora_b is None else _Layer(head.lora_b.to(dtype), dtype)
+        self.base = Layer(head.weight, dtype)
+        self.added = None if head.lora_b is None else Layer(head.lora_b.to(dtype), dtype)
         # Where a chunk's product is rounded to 16 bits, as a CPU's is, an error is as large as the product's
         # largest terms make it: those of the rows' own classes are added apart, unrounded.
         rounded = dtype == torch.bfloat16 and not head.x.is_cuda
@@ -524,7 +404,7 @@ class _Gradients:
             self._scatter("bias", columns, classes)
             if own is not None:
                 self.sums["bias"].index_add_(0, own[0], own[1].squeeze(1))
-        grad, factor = _as_operand(grad, self.base.dtype)
+        grad, factor = as_operand(grad, self.base.dtype)
         given = grad, factor, classes, own
         to_x = self._through(self.base, "weight", chunk.x, *given, needs["x"])
         if chunk.low is not None and self.added is not None and head.lora_a is not None:
@@ -547,7 +427,7 @@ class _Gradients:
 
     def _through(
         self,
-        layer: _Layer,
+        layer: Layer,
         name: str,
         x: Tensor,
         grad: Tensor,
@@ -560,7 +440,7 @@ class _Gradients:
 
         `factor`: of each row of `grad`.
         """
-        some = layer if classes is None else _Layer(layer.weight[classes], layer.dtype)
+        some = layer if classes is None else Layer(layer.weight[classes], layer.dtype)
         if self.needs[name]:
             total = self.sums[name]
             largest = None
@@ -568,12 +448,12 @@ class _Gradients:
                 largest = factor.amax()
                 x = x * (factor / largest).to(x.dtype)
             if classes is None:
-                put = _set_product if name in self.unwritten else _add_product
+                put = set_product if name in self.unwritten else add_product
                 self.unwritten.discard(name)
                 put(total, grad.t(), x, largest)
             else:
                 part = total.new_empty(len(classes), x.shape[1])
-                _set_product(part, grad.t(), x, largest)
+                set_product(part, grad.t(), x, largest)
                 self._zero_unwritten(name)
                 total.index_add_(0, classes, part)
             if own is not None:
@@ -880,10 +760,10 @@ def _rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
     Or the sums of a large weight and its gradient at once would be the step's peak.
     """
-    if sums.dtype == dtype or sums.numel() < 2 * _BLOCK_ELEMENTS or not _is_memory(sums):
+    if sums.dtype == dtype or sums.numel() < 2 * BLOCK_ELEMENTS or not _is_memory(sums):
         return sums.to(dtype)
     result = torch.empty_like(sums, dtype=dtype)
-    for part, rounded in zip(*(x.flatten().split(_BLOCK_ELEMENTS) for x in (sums, result)), strict=True):
+    for part, rounded in zip(*(x.flatten().split(BLOCK_ELEMENTS) for x in (sums, result)), strict=True):
         rounded.copy_(part)
         _C.drop_pages(part.data_ptr(), part.nbytes)
     return result

@@ -43,15 +43,8 @@ from ._family import (
     reduced,
 )
 from ._linear_ranks import most_probable_of_all, shard_of
-from ._linear_rows import (
-    Head,
-    default_chunk,
-    linear_rows,
-    linear_total,
-    operand_dtype,
-    product_dtype,
-    wants_total,
-)
+from ._linear_rows import Head, default_chunk, linear_rows, linear_total, wants_total
+from ._products import operand_dtype, product_dtype
 from ._rows import NO_WEIGHT_DERIVATIVE, check_class_weight, check_smoothing, weighted_probabilities
 from .cross_entropy import cross_entropy_reference
 from .vocab_parallel import weight_of
