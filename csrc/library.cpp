@@ -57,6 +57,7 @@ LOSSOPS_LIBRARY(LOSSOPS_NAMESPACE, m) {
   m.def(
       "mse_forward_backward(Tensor input, Tensor target, int reduction, ScalarType? out_dtype) "
       "-> (Tensor loss, Tensor normalizer, Tensor grad_input)");
-  // out = a b, or out += a b: float32 or float64 matrices of any strides.
+  // Internal: out = a b, or out += a b, of float32 or float64 matrices of any strides; `out` overlaps
+  // neither.
   m.def("multiply_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
 }

@@ -1,6 +1,8 @@
 // The op of matrix products on the CPU: checks, scratch memory, registration. What for: product.h.
 #include "product.h"
 
+#include <utility>
+
 #include "op.h"
 
 namespace lossops {
@@ -16,7 +18,7 @@ Matrix matrix(const Tensor& t, const Tensor& out, const char* name, int64_t rows
                 torch::headeronly::toString(t.scalar_type()));
   check_same_device(t, out, kOp, name);
   const Sizes strides = strides_of(t);
-  return {t.data_ptr(), strides[0], strides[1]};
+  return {t.const_data_ptr(), strides[0], strides[1]};
 }
 
 void multiply(Tensor out, Tensor a, Tensor b, bool add) {
@@ -33,7 +35,12 @@ void multiply(Tensor out, Tensor a, Tensor b, bool add) {
   p.depth = sizes_of(a)[1];
   p.a = matrix(a, out, "a", p.rows, p.depth);
   p.b = matrix(b, out, "b", p.depth, p.columns);
-  p.out = out.data_ptr();
+  if (p.rows == 0 || p.columns == 0) return;
+  if (p.depth == 0) {
+    if (!add) torch::stable::zero_(out);
+    return;
+  }
+  p.out = out.mutable_data_ptr();
   p.out_stride = strides[0];
   p.add = add;
   p.use_double = dtype == DType::f64;
@@ -48,11 +55,6 @@ void multiply(Tensor out, Tensor a, Tensor b, bool add) {
   }
   LOSSOPS_CHECK(p.rows <= 1 || p.out_stride >= p.columns, kOp,
                 ": expected elements of out that do not share their memory, got strides ", strides);
-  if (p.rows == 0 || p.columns == 0) return;
-  if (p.depth == 0) {
-    if (!add) torch::stable::zero_(out);
-    return;
-  }
   Tensor scratch;
   cpu::launch(p, [&](int64_t bytes) {
     scratch = empty({bytes}, ScalarType::Byte, out);

@@ -1,7 +1,7 @@
 // Matrix products of float32 and float64 on the CPU: out = a b, or out += a b.
 //
-// torch leaves its own to MKL, which gives AVX-512 to Intel's processors alone: on others it runs at half of
-// what they can multiply.
+// torch leaves its own to MKL, where it is built with it, which gives AVX-512 to Intel's processors alone: on
+// others it runs at half of what they can multiply.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Product {
 
 namespace cpu {
 
-// Whether launch() is faster than torch's products here.
+// Whether launch() is faster than MKL here.
 bool multiplies_faster();
 
 // `scratch` gives that many bytes, aligned to 64, for as long as the call takes.

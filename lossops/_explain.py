@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,9 +56,10 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         lines = []
-        for k in self.kernels:
+        for k, times in Counter(self.kernels).items():
             unit = "block" if k.device == "cuda" else "thread"
-            lines.append(f"{k.op}: {k.device}, {k.way}, {k.parallel} {unit}{'s' * (k.parallel != 1)}")
+            line = f"{k.op}: {k.device}, {k.way}, {k.parallel} {unit}{'s' * (k.parallel != 1)}"
+            lines.append(line + f", {times} times" * (times > 1))
         if not self.kernels:
             lines.append("no kernel of lossops ran")
         lines += [f"copy of {c.what}, {c.bytes} bytes: {c.why}" for c in self.copies]

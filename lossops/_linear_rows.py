@@ -33,6 +33,7 @@ from ._products import (
     Layer,
     add_product,
     as_operand,
+    multiply,
     operand_dtype,
     product_dtype,
     set_product,
@@ -224,7 +225,8 @@ def _chunks(head: Head, own: Head) -> Iterator[_Chunk]:
         base.logits(x, bias, z)
         low = None
         if head.lora_a is not None and head.lora_b is not None:
-            low = torch.mm(x, head.lora_a.to(operand).t()).mul_(head.lora_scaling)
+            low = x.new_empty(x.shape[0], head.lora_a.shape[0])
+            multiply(x, head.lora_a.to(operand).t(), low).mul_(head.lora_scaling)
             add_product(z, low, head.lora_b.to(operand).t())
         yield _Chunk(rows, x, low, z, own.target[rows])
 
@@ -413,9 +415,9 @@ class _Gradients:
             if to_low is not None:
                 to_low *= head.lora_scaling
                 if needs["lora_a"]:
-                    self.sums["lora_a"].addmm_(to_low.t(), chunk.x.to(to_low.dtype))
+                    add_product(self.sums["lora_a"], to_low.t(), chunk.x.to(to_low.dtype))
                 if to_x is not None:
-                    to_x.addmm_(to_low, head.lora_a.to(to_low.dtype))
+                    add_product(to_x, to_low, head.lora_a.to(to_low.dtype))
         if to_x is not None:
             self.sums["x"][chunk.rows] = to_x
 

@@ -21,6 +21,9 @@ _GPU_BLOCK_ELEMENTS = 1 << 25
 # Whether torch adds a product of 16-bit numbers to a float32 matrix in place, on a GPU.
 _ADDS_WIDE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
+# What csrc/product.h says of MKL is not so of other libraries that torch may be built with.
+_HAS_MKL = torch.backends.mkl.is_available()
+
 _own_multiply = torch.ops.lossops.multiply_.default
 
 
@@ -29,10 +32,11 @@ def _(out, a, b, add):
     return None
 
 
-def uses_own_kernel(a: Tensor) -> bool:
-    """Whether products of `a` are this library's own, not torch's: csrc/product.h says why."""
+def uses_own_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a b`` is this library's own, not torch's: csrc/product.h says why. Vectors are torch's."""
     wide = a.dtype == torch.float32 or a.dtype == torch.float64
-    return wide and a.device.type == "cpu" and _C.multiplies_faster()
+    vector = a.shape[0] == 1 or b.shape[1] == 1
+    return wide and not vector and a.device.type == "cpu" and _HAS_MKL and _C.multiplies_faster()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -59,25 +63,24 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     summed = torch.promote_types(a.dtype, torch.float32)
     if a.is_cuda and a.dtype != summed:
         return torch.mm(a, b, summed)
-    result = a.new_empty(a.shape[0], b.shape[1])
-    multiply(a, b, result)
-    return result
+    return multiply(a, b, a.new_empty(a.shape[0], b.shape[1]))
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out = a b``"""
-    if uses_own_kernel(a):
+    if uses_own_kernel(a, b):
         _own_multiply(out, a, b, False)
     elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out.dtype, out=out)
+    return out
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
     """``total += factor * a b``, by blocks of rows where that takes a buffer."""
     if factor is None and a.dtype == total.dtype:
-        if uses_own_kernel(a):
+        if uses_own_kernel(a, b):
             _own_multiply(total, a, b, True)
         else:
             total.addmm_(a, b)
@@ -124,7 +127,7 @@ class Layer:
         if self.weight.dtype != self.dtype:
             for block in blocks(self.weight):
                 multiply(x, self.weight[block].to(self.dtype).t(), out[:, block])
-        elif bias is not None and bias.dtype == self.dtype and not uses_own_kernel(x):
+        elif bias is not None and bias.dtype == self.dtype and not uses_own_kernel(x, self.weight.t()):
             torch.addmm(bias, x, self.weight.t(), out=out)
             return
         else:

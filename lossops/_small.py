@@ -48,8 +48,8 @@ def address(x: Tensor, dtype: torch.dtype) -> int:
 # The questions are written out, not shared: here a call costs as much as what it asks.
 
 
-def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple[int, int] | None:
-    """Of the arguments of a loss that may go round the dispatcher."""
+def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple[int, int, int] | None:
+    """Of the arguments of a loss that may go round the dispatcher; and the input's elements."""
     if (
         type(input) in _TYPES
         and type(target) in _TYPES
@@ -59,7 +59,7 @@ def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple
         and not is_compiling()
         and input.dtype is torch.float32
         and target.dtype is target_dtype
-        and input.numel() <= LIMIT
+        and (elements := input.numel()) <= LIMIT
         and input.is_cpu
         and target.is_cpu
         and input.is_contiguous()
@@ -77,7 +77,7 @@ def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple
         except RuntimeError:
             return None
         if x and y:
-            return x, y
+            return x, y, elements
     return None
 
 

@@ -203,8 +203,10 @@ class SmallCrossEntropy(Function):
     """The mean for a small batch of class indices, with neither class weight nor smoothing."""
 
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, logits_address, target_address):
-        rows, classes = logits.shape
+    def forward(ctx, logits, target, ignore_index, small):
+        logits_address, target_address, elements = small
+        classes = logits.size(1)
+        rows = elements // classes
         loss = empty_like(SCALAR)
         ctx.gradient = gradient = empty_like(logits) if _ahead.is_asked_of_small(ctx) else None
         kept = _C.small_cross_entropy_forward(
@@ -227,18 +229,18 @@ class SmallCrossEntropy(Function):
         logits, target = ctx.saved_tensors
         gradient = _ahead.gradient(ctx, grad_loss)
         if gradient is not None:
-            return gradient, None, None, None, None
+            return gradient, None, None, None
         rows, classes, ignore_index, kept = ctx.rest
         found = gradient_addresses(grad_loss, logits, target, torch.int64)
         if found and logits.shape == (rows, classes) and target.shape == (rows,):
             grad = torch.empty_like(logits)
             if _C.small_cross_entropy_backward(*found, grad.data_ptr(), rows, classes, ignore_index, kept):
-                return grad, None, None, None, None
+                return grad, None, None, None
         options = ignore_index, 0.0
         with torch.no_grad():
             _, stats, normalizer = _forward(logits, target, None, MEAN, *options, None)
         args = grad_loss, logits, target, None, stats, normalizer
-        return _loss_backward((True, False), options, *args)[0], None, None, None, None
+        return _loss_backward((True, False), options, *args)[0], None, None, None
 
 
 _apply_small = short_apply(SmallCrossEntropy)
@@ -511,7 +513,7 @@ def cross_entropy(
             and (small := addresses(input, target, torch.int64))
         ):
             note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target, ignore_index, *small)
+            return _apply_small(input, target, ignore_index, small)
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
         return run(EagerCrossEntropy, _for_transforms, _forward, (input, target), args)
     except (AttributeError, TypeError, ValueError, RuntimeError):

@@ -42,6 +42,7 @@ _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
 _backward = torch.ops.lossops.mse_backward.default
 _forward_backward = torch.ops.lossops.mse_forward_backward.default
+_small_forward = _C.small_mse_forward
 
 
 def mse_reference(
@@ -164,11 +165,11 @@ class SmallMSE(Function):
     """The mean over a few elements, without weight or mask."""
 
     @staticmethod
-    def forward(ctx, input, target, input_address, target_address):
+    def forward(ctx, input, target, small):
+        x, y, elements = small
         loss = empty_like(SCALAR)
         ctx.gradient = gradient = empty_like(input) if _ahead.is_asked_of_small(ctx) else None
-        grad = 0 if gradient is None else gradient.data_ptr()
-        _C.small_mse_forward(input_address, target_address, loss.data_ptr(), grad, input.numel())
+        _small_forward(x, y, loss.data_ptr(), 0 if gradient is None else gradient.data_ptr(), elements)
         ctx.save_for_backward(input, target)
         return loss
 
@@ -177,15 +178,15 @@ class SmallMSE(Function):
         input, target = ctx.saved_tensors
         gradient = _ahead.gradient(ctx, grad_loss)
         if gradient is not None:
-            return gradient, None, None, None
+            return gradient, None, None
         found = gradient_addresses(grad_loss, input, target, torch.float32)
         if found and input.shape == target.shape:
             grad = torch.empty_like(input)
             _C.small_mse_backward(*found, grad.data_ptr(), input.numel())
-            return grad, None, None, None
+            return grad, None, None
         divisor = torch.tensor(input.numel(), dtype=torch.float64, device=input.device)
         args = grad_loss, input, target, None, None, divisor
-        return _loss_backward((True, False), *args)[0], None, None, None
+        return _loss_backward((True, False), *args)[0], None, None
 
 
 _apply_small = short_apply(SmallMSE)
@@ -471,7 +472,7 @@ def mse_loss(
             and (small := addresses(input, target, torch.float32))
         ):
             note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target, *small)
+            return _apply_small(input, target, small)
         if target.shape != shape:
             warnings.warn(
                 f"Using a target size ({target.size()}) that is different to the input size "

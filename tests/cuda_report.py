@@ -340,12 +340,18 @@ class Traffic:
     ideal: int  # sectors: each byte of its tensors once
     read: int
     written: int
+    instructions: int  # executed by warps to move that
+    least_instructions: int  # of 32 lanes with 16 bytes each
     wavefronts: int
     least_wavefronts: int
 
     @property
     def over_ideal(self) -> float:
         return (self.read + self.written) / self.ideal
+
+    @property
+    def over_least_instructions(self) -> float:
+        return self.instructions / self.least_instructions
 
     @property
     def over_least(self) -> float:
@@ -410,15 +416,25 @@ def cases() -> dict[str, Case]:
     }
 
 
-def measure_traffic() -> Iterator[Traffic]:
-    """Runs every case, forward and backward, through the ops as users call them."""
+DTYPES = ("bfloat16", "float32")
+
+
+def measure_traffic(dtypes: Sequence[str] = DTYPES, library: Path | None = None) -> Iterator[Traffic]:
+    """Runs every case, forward and backward, through the ops as users call them.
+
+    `library`: another than that of all kernels, of the flavour stats.
+    """
     import emulated
     import torch
     from cuda_emulator.control import Emulator, Site
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    emulator = Emulator(emulated.load("stats"))
+    if library is None:
+        library = emulated.load("stats")
+    else:
+        torch.ops.load_library(library)
+    emulator = Emulator(library)
 
     def sectors_of(values: object) -> float:
         return sum(x.nbytes for x in tree_leaves(values) if isinstance(x, torch.Tensor)) / SECTOR
@@ -450,29 +466,29 @@ def measure_traffic() -> Iterator[Traffic]:
                     math.ceil(sectors_of([args, kwargs, result])),
                     sum(site.sectors for site in moved if not site.is_store),
                     sum(site.sectors for site in moved if site.is_store),
+                    sum(site.requests for site in moved),
+                    -(-sum(site.bytes for site in moved) // 512),
                     sum(site.wavefronts for site in shared),
                     sum(least(site) for site in shared),
                 )
             )
             return result
 
-    with emulated.emulation("stats"):
+    with emulated.in_place_of_the_cpus():
         for name, case in cases().items():
-            for dtype in (torch.bfloat16, torch.float32):
-                with Counting(name, str(dtype).removeprefix("torch.")) as mode:
-                    case.call(dtype).backward()
+            for dtype in dtypes:
+                with Counting(name, dtype) as mode:
+                    case.call(getattr(torch, dtype)).backward()
                 yield from mode.counted
 
 
 def traffic_table(traffic: list[Traffic]) -> str:
-    heading = ("tensor", "dtype", "op", "ideal", "read", "written", "over ideal", "wavefronts over least")
-    return table(
-        heading,
-        [
-            (t.case, t.dtype, t.op, t.ideal, t.read, t.written, f"{t.over_ideal:.3f}", f"{t.over_least:.3f}")
-            for t in traffic
-        ],
-    )
+    counted = ("ideal", "read", "written", "over ideal", "instructions over least", "wavefronts over least")
+    body = []
+    for t in traffic:
+        ratios = [f"{x:.3f}" for x in (t.over_ideal, t.over_least_instructions, t.over_least)]
+        body.append((t.case, t.dtype, t.op, t.ideal, t.read, t.written, *ratios))
+    return table(("tensor", "dtype", "op", *counted), body)
 
 
 def floor_table(traffic: list[Traffic]) -> str:
@@ -534,6 +550,8 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing, fail where the page is not true")
     what.add_argument("--json", action="store_true", help="print the traffic alone")
+    what.add_argument("--library", type=Path, help="print the traffic of this one, of the flavour stats")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, help="of the traffic that is printed")
     given = parser.parse_args()
 
     import emulated
@@ -541,7 +559,10 @@ def main() -> int:
     try:
         if reason := emulated.why_not():
             raise ReportError(reason)
-        traffic = list(measure_traffic())
+        traffic = list(measure_traffic(given.dtypes, given.library))
+        if given.library:
+            print(traffic_table(traffic))
+            return 0
         if given.json:
             print(json.dumps([asdict(t) for t in traffic]))
             return 0

@@ -81,9 +81,8 @@ def traced(library: Path) -> Iterator[None]:
 
 
 @contextmanager
-def emulation(flavour: str = "plain") -> Iterator[None]:
-    """While it lasts, CPU tensors go to the CUDA kernels, small batches too."""
-    library = load(flavour)
+def in_place_of_the_cpus() -> Iterator[None]:
+    """While it lasts, CPU tensors go to the ops of the library that is loaded, small batches too."""
     limit, _small.LIMIT = _small.LIMIT, 0
     enabled, _ahead.ENABLED = _ahead.ENABLED, False
     overrides = torch.library.Library("lossops", "IMPL")
@@ -97,12 +96,19 @@ def emulation(flavour: str = "plain") -> Iterator[None]:
                     overrides.impl(op, emulated, key, allow_override=True)
         overrides.impl("class_indices", _class_indices.record, "CPU", allow_override=True)
     try:
-        with traced(library):
-            yield
+        yield
     finally:
         overrides._destroy()
         _small.LIMIT = limit
         _ahead.ENABLED = enabled
+
+
+@contextmanager
+def emulation() -> Iterator[None]:
+    """While it lasts, CPU tensors go to the CUDA kernels."""
+    library = load()
+    with in_place_of_the_cpus(), traced(library):
+        yield
 
 
 @contextmanager

@@ -35,8 +35,8 @@ struct Grid {
   }
 };
 
-// Of all grids the one whose parts take least, each with the packing of its rows and columns, which costs as
-// much as multiplying each of them kPacking times.
+// Of all grids the one whose parts take least, packing included: that of an element takes as long as kPacking
+// multiplications.
 Grid grid_of(const Product& p, Isa isa) {
   constexpr int64_t kPacking = 24;
   Blocking block;

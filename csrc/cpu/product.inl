@@ -3,14 +3,15 @@
 // panels in the order in which a tile of the result, held in registers, takes them. An element of the result
 // is summed in the order of the depth, whatever blocks and threads it falls to.
 
-constexpr int64_t kPanelDepth = 2048; // bytes of a lane: with AVX-512 24 KiB of a and 64 of b, in L1 and L2
-constexpr int64_t kBlockTiles = 16;   // tiles of a block of a, and of one of b: 0.4 MiB and 1, in L2 and L3
+// Measured: with AVX-512 a panel of a takes 24 KiB and one of b 64, a block of a 0.4 MiB and one of b 1. The
+// block of a comes from L2 once for each panel of b.
+constexpr int64_t kLaneBytes = 2048, kBlockTiles = 16;
 
 template <class A>
 struct Tile {
   // Two vectors wide. Of 32 registers 24 are sums, of 16 (without AVX-512) 12.
   static constexpr int64_t rows = LOSSOPS_VECTOR_BYTES == 64 ? 12 : 6, columns = kLanes<A>;
-  static constexpr int64_t depth = kPanelDepth / sizeof(A);
+  static constexpr int64_t depth = kLaneBytes / sizeof(A);
   static constexpr int64_t block_rows = kBlockTiles * rows, block_columns = kBlockTiles * columns;
 };
 
@@ -24,7 +25,7 @@ void pack(const A* from, int64_t lane_stride, int64_t depth_stride, int64_t lane
     const int64_t n = std::min(width, lanes - first);
     if (n < width) std::fill(panel, panel + width * depth, A(0));
     int64_t done = 0; // lanes
-    for (; depth_stride == 1 && done + square <= n; done += square) {
+    for (; depth_stride == 1 && lane_stride != 1 && done + square <= n; done += square) {
       const A* const lane = at + done * lane_stride;
       int64_t d = 0;
       for (; d + square <= depth; d += square) {
@@ -42,7 +43,7 @@ void pack(const A* from, int64_t lane_stride, int64_t depth_stride, int64_t lane
         for (int64_t i = 0; i < square; ++i) panel[d * width + done + i] = lane[i * lane_stride + d];
     }
     if (lane_stride == 1 && n == width) {
-      for (int64_t d = 0; d < (done == 0 ? depth : 0); ++d)
+      for (int64_t d = 0; d < depth; ++d)
         std::memcpy(panel + d * width, at + d * depth_stride, width * sizeof(A));
     } else {
       for (int64_t d = 0; d < depth; ++d)
@@ -108,10 +109,11 @@ void multiply(const Product& p, int64_t row, int64_t rows, int64_t column, int64
   const A* const a = static_cast<const A*>(p.a.data) + row * p.a.row_stride;
   const A* const b = static_cast<const A*>(p.b.data) + column * p.b.column_stride;
   A* const out = static_cast<A*>(p.out) + row * p.out_stride + column;
+  const int64_t slabs = (p.depth + T::depth - 1) / T::depth, slab = (p.depth + slabs - 1) / slabs;
   for (int64_t j = 0; j < columns; j += T::block_columns) {
     const int64_t n = std::min(T::block_columns, columns - j);
-    for (int64_t d = 0; d < p.depth; d += T::depth) {
-      const int64_t depth = std::min(T::depth, p.depth - d);
+    for (int64_t d = 0; d < p.depth; d += slab) {
+      const int64_t depth = std::min(slab, p.depth - d);
       const bool add = p.add || d > 0;
       pack<T::columns>(b + d * p.b.row_stride + j * p.b.column_stride, p.b.column_stride, p.b.row_stride, n,
                        depth, packed_b);

@@ -3,7 +3,8 @@
 python -m cuda_emulator.mutate [--sample 50 --seed 1] [--file mse.cu] [--list]
 
 Every mutant is built for one dtype at a time, with the limits of reduced.py; what is not changed by it is
-compiled once. Results are kept in build/cuda_emulator/mutants.json, and a later run goes on from there.
+compiled once. Where one computes the same, it is noticed if the traffic in docs/cuda.md, which CI compares,
+would be another. Results are kept in build/cuda_emulator/mutants.json, and a later run goes on from there.
 Survivors that cannot matter are explained in survivors.json, beside this file.
 """
 
@@ -32,6 +33,7 @@ from .sanitize import CASES, GROUPS_OF, environment
 
 RESULTS = build.CACHE / "mutants.json"
 SURVIVORS = build.HERE / "survivors.json"
+REPORT = CASES.with_name("cuda_report.py")
 LIMIT = 0.03  # of all mutants may survive
 CHUNK_BYTES = 150_000  # small, for a mutant changes few kernels
 
@@ -209,6 +211,9 @@ class Base:
             units = pool.map(lambda file: Unit(file, self.folder / file.stem, flavour), files)
             self.units = {file.name: unit for file, unit in zip(files, units, strict=True)}
         self.others = reduced.host_objects(self.sources, flavour)
+        self.traffic = ""
+        if flavour == "stats":
+            self.traffic = traffic_of(self.link(self.units, self.folder), dtype)
 
     def affected(self, mutant: Mutant) -> list[str]:
         for_all = ("numeric.cuh", "reduce.cuh", "shifted.cuh")
@@ -224,9 +229,12 @@ class Base:
         unit = Unit(sources / "cuda" / name, folder / Path(name).stem, self.flavour, self.units[name])
         if unit.ptx == self.units[name].ptx:
             return None
-        objects = [path for each in {**self.units, name: unit}.values() for path in each.objects]
+        return self.link({**self.units, name: unit}, folder)
+
+    def link(self, units: dict[str, Unit], folder: Path) -> Path:
+        objects = [path for unit in units.values() for path in unit.objects]
         flags = [*build.FLAVOURS[self.flavour][2], f"-L{TORCH_LIB_PATH}", "-ltorch_cpu"]
-        return build.link_objects(folder / "mutant.so", [*objects, *self.others], flags)
+        return build.link_objects(folder / "linked.so", [*objects, *self.others], flags)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,6 +266,25 @@ def notices(library: Path, name: str, dtype: str, flavour: str, orders: str, sec
     return (first[0] if first else f"exit code {result.returncode}: {said[-300:]}")[:400]
 
 
+def traffic_of(library: Path, dtype: str) -> str:
+    """The table of what the kernels of a library move, or why there is none."""
+    command = [sys.executable, str(REPORT), "--library", str(library), "--dtypes", dtype]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=400, errors="replace")
+    except subprocess.TimeoutExpired:
+        return "it does not end"
+    return result.stdout if result.returncode == 0 else f"exit code {result.returncode}"
+
+
+def moves_otherwise(before: str, after: str) -> str | None:
+    """The first line of the table that a mutant changes, or None."""
+    if before == after:
+        return None
+    lines = before.splitlines()
+    changed = [line for line in after.splitlines() if line not in lines]
+    return f"the traffic is another: {changed[0] if changed else after}"
+
+
 class Judge:
     """Stages, from what finds most for the least time."""
 
@@ -281,6 +308,7 @@ class Judge:
         yield self.dtypes[0], "tsan" if mutant.orders_threads else "asan", "2"
         for dtype in self.dtypes[1:]:
             yield dtype, "plain", orders
+        yield self.dtypes[0], "stats", "0"
 
     def judge(self, mutant: Mutant) -> dict[str, Any]:
         """Source by source, where a header has the mutant: the first one's cases notice most."""
@@ -298,7 +326,10 @@ class Judge:
                     if library is None:
                         continue
                     equal = False
-                    why = notices(library, name, dtype, flavour, orders, 400)
+                    if flavour == "stats":
+                        why = moves_otherwise(base.traffic, traffic_of(library, dtype))
+                    else:
+                        why = notices(library, name, dtype, flavour, orders, 400)
                 if why is not None:
                     return {"status": "killed", "stage": f"{dtype}, {flavour}", "why": why}
         return {"status": "same code" if equal else "survived"}
