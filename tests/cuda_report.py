@@ -416,10 +416,10 @@ def cases() -> dict[str, Case]:
     }
 
 
-DTYPES = ("bfloat16", "float32")
+MOVED_DTYPES = ("bfloat16", "float32")
 
 
-def measure_traffic(dtypes: Sequence[str] = DTYPES, library: Path | None = None) -> Iterator[Traffic]:
+def measure_traffic(dtypes: Sequence[str] = MOVED_DTYPES, library: Path | None = None) -> Iterator[Traffic]:
     """Runs every case, forward and backward, through the ops as users call them.
 
     `library`: another than that of all kernels, of the flavour stats.
@@ -551,7 +551,7 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="write nothing, fail where the page is not true")
     what.add_argument("--json", action="store_true", help="print the traffic alone")
     what.add_argument("--library", type=Path, help="print the traffic of this one, of the flavour stats")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, help="of the traffic that is printed")
+    parser.add_argument("--dtypes", nargs="+", default=MOVED_DTYPES, help="of the traffic that is printed")
     given = parser.parse_args()
 
     import emulated
