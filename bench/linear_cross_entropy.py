@@ -92,8 +92,8 @@ def _case(
 F32, BF16 = torch.float32, torch.bfloat16
 MB = 10**6
 
-# Memory: the default chunk of 2^24 logits, a few numbers for each row, and for bfloat16 the float32 sum of
-# the weight's gradient; of the largest, a tenth of its logits, the gradients included.
+# Memory: the default chunk of 125 * 2^17 logits, a few numbers for each row, and for bfloat16 the float32 sum
+# of the weight's gradient; of the largest, a tenth of its logits, the gradients included.
 CASES = [
     _case(4096, 512, 32000, dtype=F32, speedup=1.4, over_chunked=2, over_products=1.15, memory=72 * MB),
     _case(4096, 512, 32000, dtype=BF16, over_chunked=2, over_products=1.3, memory=100 * MB),

@@ -544,8 +544,8 @@ def linear_cross_entropy(
         options: torch's ``LinearCrossEntropyOptions``, of which ``batch_chunk_size`` is taken as
             ``chunk_size``; the others have nothing to choose here.
         logit_scale, softcap, z_loss, row_weight, normalizer, empty, out_dtype: as in :func:`cross_entropy`.
-        chunk_size: rows of logits that exist at a time. By default as many as hold 2**24 logits (64 MiB in
-            float32), shared out evenly; on a GPU 2**27, or as many as the weight has elements.
+        chunk_size: rows of logits that exist at a time. By default as many as hold 125 * 2**17 logits (63 MiB
+            in float32), shared out evenly; on a GPU 2**27, or as many as the weight has elements.
         shift: predict the next token: position ``t`` of ``input`` ``(*, T, H)`` is scored against the target
             at ``t + 1``, as ``cross_entropy(logits[..., :-1, :], target[..., 1:])`` would, without a copy of
             the input; ``row_weight`` moves with the target. Rows of a result are then ``(*, T - 1)``.

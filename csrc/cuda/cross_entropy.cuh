@@ -255,8 +255,7 @@ struct Classes {
   // Classes before the first sector that begins a pack or more behind the first class.
   LOSSOPS_DEVICE int shifted_head() const {
     constexpr unsigned kPack = kPackSize<T>;
-    return static_cast<int>((0 - reinterpret_cast<uintptr_t>(data) / sizeof(T) - kPack) % (2 * kPack) +
-                            kPack);
+    return static_cast<int>((kPack - reinterpret_cast<uintptr_t>(data) / sizeof(T)) % (2 * kPack) + kPack);
   }
   // As they lie in memory, and widened only when used: 16-bit types then take twice the registers.
   template <int N>
@@ -301,7 +300,7 @@ struct Classes<AnyType, A> {
     return 0;
   }
   LOSSOPS_DEVICE int shifted_head() const {
-    return 0;
+    return head();
   }
   template <int N>
   using Raw = A;

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kResidentRows<T, A, kDense>)
       },
       [&](int slot, int64_t row, bool here, int turn) {
         int64_t o[kCrossEntropyOperands];
-        a.rows.offsets(here ? row : 0, o);
+        a.rows.offsets(row, o); // where there is none, nothing is read or written
         RowState<A> state;
         // An ignored row is not read: nothing in it can reach the loss, NaN included.
         const int64_t index = here ? indices[slot] : kIgnored;
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
   for_each_tile<kRows, false>(a, tiling, [&](int64_t first) {
     const bool here = first < a.rows.count;
     int64_t o[kCrossEntropyOperands];
-    a.rows.offsets(here ? first : 0, o);
+    a.rows.offsets(first, o); // where there are none, nothing is read or written
     const Row z(a.logits, o[kLogits]), p(a.index_target() ? ClassTensor() : a.target, o[kTarget]);
     RowState<A> state[kRows];
     // The targets' logits are picked up on the way: to come back for them costs a sector each.

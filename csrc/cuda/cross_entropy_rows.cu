@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPlanes<A>)
   for_each_tile<1, false>(a, tiling, [&](int64_t row) {
     const bool here = row < a.rows.count;
     int64_t o[kCrossEntropyOperands];
-    a.rows.offsets(here ? row : 0, o);
+    a.rows.offsets(row, o); // where there is none, nothing is read or written
     const TileRow<T, A, kShort> z(a.logits, o[kLogits], short_rows);
     const Row p(kShort || a.index_target() ? ClassTensor() : a.target, o[kTarget]);
     if constexpr (kShort) {
