@@ -101,7 +101,7 @@ def set_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = Non
         multiply(a, b, total)
     else:
         for block in blocks(total):
-            total[block] = torch.mm(a[block], b)
+            total[block] = product(a[block], b)
     if factor is not None:
         total *= factor
 

@@ -51,33 +51,20 @@ def address(x: Tensor, dtype: torch.dtype) -> int:
 def addresses(input: Tensor, target: Tensor, target_dtype: torch.dtype) -> tuple[int, int, int] | None:
     """Of the arguments of a loss that may go round the dispatcher; and the input's elements."""
     if (
-        type(input) in _TYPES
-        and type(target) in _TYPES
-        and input.requires_grad
-        and not target.requires_grad
+        input.requires_grad
         and is_grad_enabled()
         and not is_compiling()
-        and input.dtype is torch.float32
-        and target.dtype is target_dtype
+        and not target.requires_grad
+        and (x := address(input, torch.float32))
+        and (y := address(target, target_dtype))
         and (elements := input.numel()) <= LIMIT
-        and input.is_cpu
-        and target.is_cpu
-        and input.is_contiguous()
-        and target.is_contiguous()
-        and not input.is_neg()
-        and not target.is_neg()
         and not _transforms_active()
         and forward_ad._current_level < 0
         and _dispatch_modes() == 0
         and _tracing() is None
         and not _profiling()
     ):
-        try:  # as in address()
-            x, y = input.data_ptr(), target.data_ptr()
-        except RuntimeError:
-            return None
-        if x and y:
-            return x, y, elements
+        return x, y, elements
     return None
 
 

@@ -42,7 +42,6 @@ _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
 _backward = torch.ops.lossops.mse_backward.default
 _forward_backward = torch.ops.lossops.mse_forward_backward.default
-_small_forward = _C.small_mse_forward
 
 
 def mse_reference(
@@ -169,7 +168,8 @@ class SmallMSE(Function):
         x, y, elements = small
         loss = empty_like(SCALAR)
         ctx.gradient = gradient = empty_like(input) if _ahead.is_asked_of_small(ctx) else None
-        _small_forward(x, y, loss.data_ptr(), 0 if gradient is None else gradient.data_ptr(), elements)
+        grad = 0 if gradient is None else gradient.data_ptr()
+        _C.small_mse_forward(x, y, loss.data_ptr(), grad, elements)
         ctx.save_for_backward(input, target)
         return loss
 

@@ -190,7 +190,6 @@ class Head:
     def __init__(self, dtype: torch.dtype, rank: int = 0, positions: int = 1, **options: Any) -> None:
         classes, hidden = 150, 19
         self.options = options
-        self.positions = positions
         shape = (classes, hidden) if positions == 1 else (classes, positions, hidden)
         self.leaves = {"input": torch.randn(37, hidden), "linear_weight": torch.randn(shape)}
         if rank:
@@ -207,7 +206,7 @@ class Head:
             options["lora"] = arguments.pop("a"), arguments.pop("b"), 0.5
             arguments["linear_weight"] = arguments["linear_weight"].detach()
         loss = function(target=self.target, **arguments, **options)
-        return list(torch.autograd.grad(loss, [leaf for leaf in given.values()], allow_unused="a" in given))
+        return list(torch.autograd.grad(loss, list(given.values()), allow_unused="a" in given))
 
 
 @cpu_only

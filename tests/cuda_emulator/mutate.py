@@ -214,6 +214,8 @@ class Base:
         self.traffic = ""
         if flavour == "stats":
             self.traffic = traffic_of(self.link(self.units, self.folder), dtype)
+            if not self.traffic.startswith("|"):  # then no mutant's could differ from it
+                raise build.BuildError(f"no traffic of the kernels unchanged: {self.traffic}")
 
     def affected(self, mutant: Mutant) -> list[str]:
         for_all = ("numeric.cuh", "reduce.cuh", "shifted.cuh")
@@ -241,21 +243,25 @@ class Base:
 # Running
 
 
+def result_within(
+    seconds: float, command: Sequence[str], env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str] | None:
+    """Of a command, with what it says; None where it does not end."""
+    try:
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=seconds, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def notices(library: Path, name: str, dtype: str, flavour: str, orders: str, seconds: float) -> str | None:
     """What the cases say of a library with a mutant in the source `name`, or None."""
     groups = GROUPS_OF.get(flavour) or next(g for begin, g in CASES_OF.items() if name.startswith(begin))
     options = ["--first", "--order", *orders, "--groups", *groups]
     command = [sys.executable, str(CASES), str(library), dtype, *options]
-    try:
-        result = subprocess.run(
-            command,
-            env=environment(flavour),
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired:
+    result = result_within(seconds, command, environment(flavour))
+    if result is None:
         return "it does not end"
     said = result.stdout + result.stderr
     if "Could not load this library" in said:  # no mutant's doing, and no proof that a case notices it
@@ -269,9 +275,8 @@ def notices(library: Path, name: str, dtype: str, flavour: str, orders: str, sec
 def traffic_of(library: Path, dtype: str) -> str:
     """The table of what the kernels of a library move, or why there is none."""
     command = [sys.executable, str(REPORT), "--library", str(library), "--dtypes", dtype]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=400, errors="replace")
-    except subprocess.TimeoutExpired:
+    result = result_within(400, command)
+    if result is None:
         return "it does not end"
     return result.stdout if result.returncode == 0 else f"exit code {result.returncode}"
 
