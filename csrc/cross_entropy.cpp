@@ -282,22 +282,14 @@ void launch(Cpu, const Operands& operands, Call& call) {
 // Devices whose kernels have read class indices. They stay marked: a graph may replay them any time.
 std::array<std::atomic<bool>, 128> reads_indices; // torch numbers devices in an int8_t
 
-bool sync_checks() {
-  static const bool on = [] {
-    const char* value = std::getenv("LOSSOPS_SYNC_CHECKS");
-    return value != nullptr && std::string(value) == "1";
-  }();
-  return on;
-}
-
 // The kernels only record an index out of range: finding out means waiting for them.
 template <class Call>
 void launch(Cuda, const Operands& operands, Call& call) {
   Cuda::launch(call, operands.logits);
   if (!operands.index_target) return;
   const int32_t device = operands.logits.get_device_index();
-  reads_indices[std::max(0, device)] = true;
-  if (!sync_checks()) return;
+  cuda::note_class_indices(device);
+  if (!cuda::sync_checks()) return;
   const OnCudaDevice here(device);
   cuda::BadTarget bad;
   if (!here.is_capturing() && cuda::take_bad_target(bad))
@@ -507,4 +499,21 @@ STABLE_TORCH_LIBRARY_IMPL(LOSSOPS_NAMESPACE, CompositeExplicitAutograd, m) {
 }
 
 } // namespace
+
+#ifdef LOSSOPS_CUDA
+
+void cuda::note_class_indices(int device) {
+  reads_indices[std::max(0, device)] = true;
+}
+
+bool cuda::sync_checks() {
+  static const bool on = [] {
+    const char* value = std::getenv("LOSSOPS_SYNC_CHECKS");
+    return value != nullptr && std::string(value) == "1";
+  }();
+  return on;
+}
+
+#endif
+
 } // namespace lossops

@@ -175,6 +175,11 @@ struct BadTarget {
 // call: then the first that was recorded.
 bool take_bad_target(BadTarget&);
 
+// Of the ops, not of a device (csrc/cross_entropy.cpp): that a device's kernels are given class indices, of
+// which check_async_errors asks it from now on; and whether every call is to wait and ask.
+void note_class_indices(int device);
+bool sync_checks();
+
 } // namespace cuda
 
 } // namespace lossops

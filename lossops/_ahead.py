@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ._autograd import is_batched
+from . import _C
 from ._explain import is_explaining, note
 
 ENABLED = os.environ.get("LOSSOPS_AHEAD") != "0"
@@ -53,12 +53,12 @@ class Ahead:
             and input.requires_grad
             and not target.requires_grad
             and _dispatch_modes() == 0
-            and self.is_asked_of_small(ctx)
+            and self.is_asked_of_plain(ctx, True)
         )
 
-    def is_asked_of_small(self, ctx: Any) -> bool:
-        """The same of what `_small.addresses` has found small."""
-        ctx.may_go_ahead = ENABLED and _saving_hooks(True) is None
+    def is_asked_of_plain(self, ctx: Any, on_cpu: bool) -> bool:
+        """The same of tensors that `_direct.py` has found plain."""
+        ctx.may_go_ahead = on_cpu and ENABLED and _saving_hooks(True) is None
         if not self._wanted or not ctx.may_go_ahead or is_explaining():
             return False
         self._wanted = False
@@ -69,13 +69,11 @@ class Ahead:
         gradient, ctx.gradient = ctx.gradient, None
         if (
             not ctx.may_go_ahead
-            or is_compiling()
+            or is_dynamo_compiling()
             or is_grad_enabled()
             or _transforms_active()
-            or type(grad_loss) is not Tensor
-            or is_batched(grad_loss)
             or _dispatch_modes() != 0
-            or grad_loss.item() != 1
+            or not _C.is_one(grad_loss)
         ):
             return None
         self._wanted = True

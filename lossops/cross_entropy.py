@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, empty_like
+from torch import Tensor, empty_like, is_grad_enabled
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -40,6 +40,7 @@ from ._autograd import (
     reduction_code,
     run,
 )
+from ._direct import ON_GPU, empty_loss, is_unwatched, place, short_apply
 from ._explain import note
 from ._family import (
     CrossEntropyMetrics,
@@ -64,7 +65,6 @@ from ._rows import (
     transform_reference,
     weighted_probabilities,
 )
-from ._small import SCALAR, addresses, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.cross_entropy_forward.default
 _forward_backward = torch.ops.lossops.cross_entropy_forward_backward.default
@@ -199,29 +199,23 @@ class EagerCrossEntropy(Function):
         return *grads, None, None, None, None, None
 
 
-class SmallCrossEntropy(Function):
-    """The mean for a small batch of class indices, with neither class weight nor smoothing."""
+def _direct_forward(logits, target, gradient, ignore_index, place, loss_dtype):
+    loss = empty_loss(logits, place, loss_dtype)
+    kept = _C.direct_cross_entropy_forward(logits, target, loss, gradient, ignore_index)
+    if kept is None:
+        _forward(logits, target, None, MEAN, ignore_index, 0.0, None)  # raises the IndexError
+    return loss, kept
+
+
+class DirectCrossEntropy(Function):
+    """The mean for a contiguous batch of class indices, with neither class weight nor smoothing."""
 
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, small):
-        logits_address, target_address, elements = small
-        classes = logits.size(1)
-        rows = elements // classes
-        loss = empty_like(SCALAR)
-        ctx.gradient = gradient = empty_like(logits) if _ahead.is_asked_of_small(ctx) else None
-        kept = _C.small_cross_entropy_forward(
-            logits_address,
-            target_address,
-            loss.data_ptr(),
-            0 if gradient is None else gradient.data_ptr(),
-            rows,
-            classes,
-            ignore_index,
-        )
-        if kept is None:
-            _forward(logits, target, None, MEAN, ignore_index, 0.0, None)  # raises the IndexError
+    def forward(ctx, logits, target, ignore_index, place, loss_dtype):
+        ctx.gradient = empty_like(logits) if _ahead.is_asked_of_plain(ctx, place != ON_GPU) else None
+        loss, kept = _direct_forward(logits, target, ctx.gradient, ignore_index, place, loss_dtype)
         ctx.save_for_backward(logits, target)
-        ctx.rest = rows, classes, ignore_index, kept
+        ctx.rest = ignore_index, kept
         return loss
 
     @staticmethod
@@ -229,21 +223,20 @@ class SmallCrossEntropy(Function):
         logits, target = ctx.saved_tensors
         gradient = _ahead.gradient(ctx, grad_loss)
         if gradient is not None:
-            return gradient, None, None, None
-        rows, classes, ignore_index, kept = ctx.rest
-        found = gradient_addresses(grad_loss, logits, target, torch.int64)
-        if found and logits.shape == (rows, classes) and target.shape == (rows,):
-            grad = torch.empty_like(logits)
-            if _C.small_cross_entropy_backward(*found, grad.data_ptr(), rows, classes, ignore_index, kept):
-                return grad, None, None, None
+            return gradient, None, None, None, None
+        ignore_index, kept = ctx.rest
+        if is_unwatched():
+            grad = empty_like(logits)
+            if _C.direct_cross_entropy_backward(grad_loss, logits, target, grad, ignore_index, kept):
+                return grad, None, None, None, None
         options = ignore_index, 0.0
         with torch.no_grad():
             _, stats, normalizer = _forward(logits, target, None, MEAN, *options, None)
         args = grad_loss, logits, target, None, stats, normalizer
-        return _loss_backward((True, False), options, *args)[0], None, None, None
+        return _loss_backward((True, False), options, *args)[0], None, None, None, None
 
 
-_apply_small = short_apply(SmallCrossEntropy)
+_apply_direct = short_apply(DirectCrossEntropy)
 
 
 def _for_transforms(
@@ -505,15 +498,13 @@ def cross_entropy(
         if (
             weight is None
             and label_smoothing == 0
-            and out_dtype is None
             and code == MEAN
-            and input.dim() == 2
-            and target.dim() == 1
-            and input.shape[0] == target.shape[0]
-            and (small := addresses(input, target, torch.int64))
+            and (where := place(_C.direct_cross_entropy, input, target))
         ):
-            note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target, ignore_index, small)
+            note("the kernels are called without the dispatcher")
+            if input.requires_grad and is_grad_enabled():
+                return _apply_direct(input, target, ignore_index, where, out_dtype)
+            return _direct_forward(input, target, None, ignore_index, where, out_dtype)[0]
         args = input, target, weight, code, ignore_index, label_smoothing, out_dtype
         return run(EagerCrossEntropy, _for_transforms, _forward, (input, target), args)
     except (AttributeError, TypeError, ValueError, RuntimeError):

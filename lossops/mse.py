@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like
+from torch import Tensor, empty_like, is_grad_enabled
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -35,8 +35,8 @@ from ._autograd import (
     run,
     unsupported_dtype,
 )
+from ._direct import FLOAT_ON_CPU, ON_GPU, empty_loss, is_unwatched, place, short_apply
 from ._explain import note
-from ._small import SCALAR, addresses, gradient_addresses, short_apply
 
 _forward = torch.ops.lossops.mse_forward.default
 _jvp = torch.ops.lossops.mse_jvp.default
@@ -160,16 +160,14 @@ class EagerMSE(Function):
         return *grads, None, None, None, None
 
 
-class SmallMSE(Function):
-    """The mean over a few elements, without weight or mask."""
+class DirectMSE(Function):
+    """The mean over contiguous tensors of one dtype, without weight or mask."""
 
     @staticmethod
-    def forward(ctx, input, target, small):
-        x, y, elements = small
-        loss = empty_like(SCALAR)
-        ctx.gradient = gradient = empty_like(input) if _ahead.is_asked_of_small(ctx) else None
-        grad = 0 if gradient is None else gradient.data_ptr()
-        _C.small_mse_forward(x, y, loss.data_ptr(), grad, elements)
+    def forward(ctx, input, target, place, loss_dtype):
+        ctx.gradient = empty_like(input) if _ahead.is_asked_of_plain(ctx, place != ON_GPU) else None
+        loss = empty_loss(input, place, loss_dtype)
+        ctx.kept = _C.direct_mse_forward(input, target, loss, ctx.gradient)
         ctx.save_for_backward(input, target)
         return loss
 
@@ -178,18 +176,17 @@ class SmallMSE(Function):
         input, target = ctx.saved_tensors
         gradient = _ahead.gradient(ctx, grad_loss)
         if gradient is not None:
-            return gradient, None, None
-        found = gradient_addresses(grad_loss, input, target, torch.float32)
-        if found and input.shape == target.shape:
-            grad = torch.empty_like(input)
-            _C.small_mse_backward(*found, grad.data_ptr(), input.numel())
-            return grad, None, None
+            return gradient, None, None, None
+        if is_unwatched():
+            grad = empty_like(input)
+            if _C.direct_mse_backward(grad_loss, input, target, grad, ctx.kept):
+                return grad, None, None, None
         divisor = torch.tensor(input.numel(), dtype=torch.float64, device=input.device)
         args = grad_loss, input, target, None, None, divisor
-        return _loss_backward((True, False), *args)[0], None, None
+        return _loss_backward((True, False), *args)[0], None, None, None
 
 
-_apply_small = short_apply(SmallMSE)
+_apply_direct = short_apply(DirectMSE)
 
 
 class MSE(Function):
@@ -463,16 +460,20 @@ def mse_loss(
         )
     code = reduction_code(reduction, size_average, reduce)
     try:
-        shape = input.shape
-        if (  # first, for here each further question would show; float32 is what autocast makes of it, too
+        if (  # first, for here each further question would show
             weight is None
             and mask is None
             and code == MEAN
-            and target.shape == shape
-            and (small := addresses(input, target, torch.float32))
+            and (where := place(_C.direct_mse, input, target))
         ):
-            note("a small batch: the kernels are called without the dispatcher")
-            return _apply_small(input, target, small)
+            note("the kernels are called without the dispatcher")
+            out_dtype = None if where == FLOAT_ON_CPU else autocast_dtype(input, target)
+            if input.requires_grad and is_grad_enabled():
+                return _apply_direct(input, target, where, out_dtype)
+            loss = empty_loss(input, where, out_dtype)
+            _C.direct_mse_forward(input, target, loss, None)
+            return loss
+        shape = input.shape
         if target.shape != shape:
             warnings.warn(
                 f"Using a target size ({target.size()}) that is different to the input size "

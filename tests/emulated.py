@@ -14,7 +14,7 @@ import torch
 from cuda_emulator.build import CACHE, build_library, missing
 from cuda_emulator.control import ASCENDING, ORDERS, Emulator
 
-from lossops import _C, _ahead, _class_indices, _small
+from lossops import _C, _ahead, _class_indices, _direct
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPS = "lossops_emulated"
@@ -82,9 +82,9 @@ def traced(library: Path) -> Iterator[None]:
 
 @contextmanager
 def in_place_of_the_cpus() -> Iterator[None]:
-    """While it lasts, CPU tensors go to the ops of the library that is loaded, small batches too."""
-    limit, _small.LIMIT = _small.LIMIT, 0
-    enabled, _ahead.ENABLED = _ahead.ENABLED, False
+    """While it lasts, CPU tensors go to the ops of the library that is loaded, plain calls too."""
+    before = _direct.ENABLED, _ahead.ENABLED
+    _direct.ENABLED = _ahead.ENABLED = False
     overrides = torch.library.Library("lossops", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced
@@ -99,8 +99,7 @@ def in_place_of_the_cpus() -> Iterator[None]:
         yield
     finally:
         overrides._destroy()
-        _small.LIMIT = limit
-        _ahead.ENABLED = enabled
+        _direct.ENABLED, _ahead.ENABLED = before
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossops
-from lossops import _ahead, _small
+from lossops import _ahead, _direct
 
 OPS = ("cross_entropy_forward_backward", "mse_forward_backward")
 MEAN, SUM = 1, 2
@@ -173,8 +173,8 @@ class Counting(_ahead.Ahead):
         super().__init__(case.loss.__name__)
         self.case = case
 
-    def is_asked_of_small(self, ctx: Any) -> bool:
-        asked = super().is_asked_of_small(ctx)
+    def is_asked_of_plain(self, ctx: Any, on_cpu: bool) -> bool:
+        asked = super().is_asked_of_plain(ctx, on_cpu)
         self.case.ahead += asked
         return asked
 
@@ -192,7 +192,7 @@ def case(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPa
     case = Case(getattr(lossops, name), getattr(F, name), y)
     monkeypatch.setattr(module, "_ahead", Counting(case))
     if request.param == "large":
-        monkeypatch.setattr(_small, "LIMIT", 0)
+        monkeypatch.setattr(_direct, "ENABLED", False)
     return case
 
 
@@ -337,7 +337,7 @@ def test_compiled_autograd_computes_it_anew(case: Case) -> None:
 
 
 def test_a_bad_index_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_small, "LIMIT", 0)
+    monkeypatch.setattr(_direct, "ENABLED", False)
     x = torch.randn(40, 30, requires_grad=True)
     lossops.cross_entropy(x, torch.arange(40) % 30).backward()
     with pytest.raises(IndexError, match="Target 30 is out of bounds: row 30 "):

@@ -1,6 +1,6 @@
 #include "runtime.h"
 
-#include <cuda_runtime.h>
+#include "launch.h"
 
 #ifndef LOSSOPS_CUDA_ARCHITECTURES
 #error "LOSSOPS_CUDA_ARCHITECTURES is set by setup.py"
@@ -20,6 +20,12 @@ bool is_capturing(void* stream) {
     return true;
   }
   return status != cudaStreamCaptureStatusNone;
+}
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "lossops");
+  return device;
 }
 
 BuildInfo build_info() {

@@ -6,6 +6,8 @@ namespace lossops::cuda {
 // Whether launches into this cudaStream_t are being recorded into a graph: then nothing may wait for it.
 bool is_capturing(void* stream);
 
+int current_device();
+
 struct BuildInfo {
   const char* toolkit;       // 13.0.88
   const char* architectures; // sm_80 sm_90 compute_90

@@ -1,32 +1,35 @@
-"""The way round the dispatcher for small batches: the ops' bits, and only where nobody watches."""
+"""The way round the dispatcher: the ops' bits, for plain tensors alone, and only where nobody watches."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import cpu_only, gpu_only, not_emulated
+from tolerances import DTYPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lossops
-from lossops import _ahead, _small
+from lossops import _ahead, _direct
 
 
-def cross_entropy_inputs(rows: int = 13, classes: int = 7) -> tuple[Tensor, Tensor]:
+def cross_entropy_inputs(rows: int = 13, classes: int = 7, dtype=torch.float32) -> tuple[Tensor, Tensor]:
     target = torch.randint(0, classes, (rows,))
     target[0] = -100
-    return torch.randn(rows, classes, requires_grad=True), target
+    return torch.randn(rows, classes, dtype=dtype, requires_grad=True), target
 
 
-def mse_inputs(*shape: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(*(shape or (13, 7)), requires_grad=True), torch.randn(*(shape or (13, 7)))
+def mse_inputs(rows: int = 13, columns: int = 7, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, rows, columns, dtype=dtype)
+    return x.clone().requires_grad_(), y.clone()
 
 
 LOSSES = pytest.mark.parametrize(
     ("loss", "inputs", "node"),
     [
-        (lossops.cross_entropy, cross_entropy_inputs, "SmallCrossEntropy"),
-        (lossops.mse_loss, mse_inputs, "SmallMSE"),
+        (lossops.cross_entropy, cross_entropy_inputs, "DirectCrossEntropy"),
+        (lossops.mse_loss, mse_inputs, "DirectMSE"),
     ],
     ids=["cross_entropy", "mse"],
 )
@@ -34,26 +37,107 @@ LOSSES = pytest.mark.parametrize(
 
 def step(loss, x: Tensor, y: Tensor, upstream: float = 1.0) -> tuple[Tensor, Tensor]:
     value = loss(x, y)
-    (gradient,) = torch.autograd.grad(value, x, torch.tensor(upstream))
+    (gradient,) = torch.autograd.grad(value, x, torch.full_like(value, upstream))
     return value.detach(), gradient
 
 
+def goes_direct(loss, x: Tensor, y: Tensor) -> bool:
+    return "without the dispatcher" in str(lossops.explain(loss, x, y))
+
+
+@not_emulated
 @LOSSES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (33, 1), (13, 7), (60, 2000)], ids=str)
 @pytest.mark.parametrize("upstream", [1.0, -0.37])
-def test_same_bits_as_the_ops(loss, inputs, node, upstream, monkeypatch) -> None:
-    x, y = inputs()
+def test_same_bits_as_the_ops(loss, inputs, node, dtype, shape, upstream, device, monkeypatch) -> None:
+    x, y = inputs(*shape, dtype=dtype)
     assert node in type(loss(x, y).grad_fn).__name__
-    small = step(loss, x, y, upstream)
-    monkeypatch.setattr(_small, "LIMIT", 0)
+    direct = [*step(loss, x, y, upstream), *step(loss, x, y, upstream), loss(x.detach(), y)]
+    monkeypatch.setattr(_direct, "ENABLED", False)
     assert node not in type(loss(x, y).grad_fn).__name__
-    for a, b in zip(small, step(loss, x, y, upstream), strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(direct, [*step(loss, x, y, upstream) * 2, loss(x.detach(), y)], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@not_emulated
+@LOSSES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_under_autocast(loss, inputs, node, dtype, device, monkeypatch) -> None:
+    x, y = inputs(dtype=dtype)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        value = loss(x, y)
+        assert node in type(value.grad_fn).__name__
+        direct = *step(loss, x, y), loss(x.detach(), y)
+        monkeypatch.setattr(_direct, "ENABLED", False)
+        for a, b in zip(direct, (*step(loss, x, y), loss(x.detach(), y)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert value.dtype == max(dtype, torch.float32, key=lambda t: t.itemsize)
+
+
+class Own(Tensor):
+    pass
+
+
+def not_plain(loss, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    x = x.detach()
+    cases = {
+        "transposed": (x.T.contiguous().T, y),
+        "sliced": (torch.cat([x, x], 1)[:, : x.size(1)], y),
+        "negated": (torch._neg_view(x), y),
+        "a subclass": (x.as_subclass(Own), y),
+        "empty": (x[:0], y[:0]),
+        "another dtype": (x, y.double() if y.is_floating_point() else y.int()),
+    }
+    if y.is_floating_point():
+        cases["a negated target"] = x, torch._neg_view(y)
+        cases["a target with a gradient"] = x, y.clone().requires_grad_()
+        cases["a broadcast target"] = x, y[:1].expand_as(x)
+        cases["integers"] = x.long(), y
+    else:
+        cases["one row"] = x[0], y[0]
+        cases["images"] = x.unsqueeze(-1), y.unsqueeze(-1)
+        cases["probabilities"] = x, x.softmax(1)
+        cases["an expanded target"] = x, y[:1].expand(len(x))
+    return cases
+
+
+@not_emulated
+@LOSSES
+def test_what_is_not_plain_goes_to_the_ops(loss, inputs, node, device) -> None:
+    x, y = inputs()
+    assert goes_direct(loss, x, y)
+    y = y.clamp_min(0)
+    for name, arguments in not_plain(loss, x, y).items():
+        assert not goes_direct(loss, *arguments), name
+
+
+@cpu_only
+@LOSSES
+def test_what_no_tensor_is_goes_to_the_ops(loss, inputs, node, device) -> None:
+    x, y = inputs()
+    for bad in (3, None, "x", [1.0]):
+        with pytest.raises(TypeError, match="expected input to be a Tensor"):
+            loss(bad, y)
+        with pytest.raises(TypeError, match="expected target to be a Tensor"):
+            loss(x, bad)
+    for sparse in (x.detach().to_sparse(), x.detach().to_mkldnn()):
+        with pytest.raises(NotImplementedError, match="dense"):
+            loss(sparse, y)
+    assert not goes_direct(loss, x.to("meta"), y.to("meta"))
+
+
+@gpu_only
+@LOSSES
+def test_large_batches_of_a_gpu(loss, inputs, node, device) -> None:
+    assert goes_direct(loss, *inputs(5000, 1000))
 
 
 @LOSSES
 def test_sizes_and_limit(loss, inputs, node) -> None:
     for shape in ((1, 1), (1, 5), (33, 1), (256, 512)):
         x, y = inputs(*shape)
+        assert node in type(loss(x, y).grad_fn).__name__
         value, gradient = step(loss, x, y)
         torch_loss = F.cross_entropy if loss is lossops.cross_entropy else F.mse_loss
         expected, expected_gradient = step(torch_loss, x, y)
@@ -173,9 +257,9 @@ def test_what_a_transform_leaves_behind(loss, inputs, node) -> None:
     assert node not in type(loss(left[0].requires_grad_(), y).grad_fn).__name__  # it has no address
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 17])
-def test_ignore_index_must_be_an_integer(limit, monkeypatch) -> None:
-    monkeypatch.setattr(_small, "LIMIT", limit)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_ignore_index_must_be_an_integer(enabled, monkeypatch) -> None:
+    monkeypatch.setattr(_direct, "ENABLED", enabled)
     x, y = cross_entropy_inputs()
     for bad, error in ((1.5, TypeError), (2**63, ValueError)):
         with pytest.raises(error, match="ignore_index"):
