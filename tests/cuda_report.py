@@ -399,6 +399,7 @@ def cases() -> dict[str, Case]:
         "64 x 32768, one element off": Case(cross_entropy, (64, 32768), offset=(1, 0)),
         "512 x 1000": Case(cross_entropy, (512, 1000), larger="65536 x 1000", times=128),
         "4096 x 10": Case(cross_entropy, (4096, 10), larger="1048576 x 10", times=256),
+        "4096 x 12": Case(cross_entropy, (4096, 12)),  # moved in fours
         "2 x 21 x 64 x 64, an image": Case(cross_entropy, (2, 21, 64, 64)),
         "1 x 3 x 480 x 640, a larger image": Case(cross_entropy, (1, 3, 480, 640)),
         "64 x 4096, probabilities": Case(cross_entropy, (64, 4096), probabilities=True),

@@ -8,8 +8,7 @@ namespace {
 template <class A>
 struct RowGradient {
   RowTarget<A> target;
-  A max = 0, log_sum = 0;
-  A target_sum = 0; // S
+  A max{}, log_sum{}, target_sum{}; // of a row that counts
   A grad = 0;       // upstream gradient of the row's loss: 0 leaves zeros, whatever the logits are
   A index_term = 0; // what a class index takes from its own class
 

@@ -78,7 +78,7 @@ LOSSOPS_DEVICE RowState<A> row_state(const CrossEntropyProblem& a, const int64_t
 template <class T, class A, int kLanes, bool kDense>
 __global__ void __launch_bounds__(kThreads, kResidentRows<T, A, kDense>)
     forward_rows(const __grid_constant__ CrossEntropyForward a, const __grid_constant__ Rows rows,
-                 Sums* of_block, RowState<A>* of_slice) {
+                 const __grid_constant__ BlockSums block, RowState<A>* of_slice) {
   const int lane = threadIdx.x % kLanes;
   const Piece piece(a, rows);
   Sums sums;
@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(kThreads, kResidentRows<T, A, kDense>)
         RowResult<A>(a, state, target, states[4][slot], sums).store(a, o[kRow]);
       });
   if (rows.slices > 1) return;
-  const Sums total = rows.per_block == 1 ? sums : block_sums<kThreads>(sums);
-  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+  block.put(rows.per_block == 1 ? sums : block_sums<kThreads>(sums));
 }
 
 // One block, a warp a row: there are no more than a few hundred.
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kResident<A, false>)
 template <class T, class A>
 __global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
     forward_short_rows(const __grid_constant__ CrossEntropyForward a, const __grid_constant__ ShortRows rows,
-                       Sums* of_block) {
+                       const __grid_constant__ BlockSums block) {
   T* shared = short_rows_memory<T>();
   T* z = shared + threadIdx.x * rows.stride;
   const Smoothing<A> smoothing(a);
@@ -196,8 +195,7 @@ __global__ void __launch_bounds__(kShortThreads, kResident<A, false>)
     }
     __syncthreads(); // before the next tile takes the memory
   }
-  const Sums total = block_sums<kShortThreads>(sums);
-  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+  block.put(block_sums<kShortThreads>(sums));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ LOSSOPS_DEVICE void store_rows(const CrossEntropyForward& a, int64_t (&o)[kCross
 template <class T, class A, int kRows, bool kDense>
 __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
     forward_tiles(const __grid_constant__ CrossEntropyForward a, const __grid_constant__ Tiling tiling,
-                  Sums* of_block) {
+                  const __grid_constant__ BlockSums block) {
   using Row = RowPack<T, A, kRows>;
   constexpr int kClasses = kDense && sizeof(T) != 4 ? 2 : 4; // at a time
   __shared__ A shared[5][kRows == 1 ? kThreads : 1];
@@ -310,8 +308,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
     }
     store_rows<A, kRows>(a, o, results);
   });
-  const Sums total = block_sums<kThreads>(sums);
-  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+  block.put(block_sums<kThreads>(sums));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -319,18 +316,18 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles<T, A, kDense>)
 
 // Only kernels that know the dtype have rows of so few packs.
 template <class T, class A, bool kDense>
-void launch_few_lanes(const CrossEntropyForward& a, const Plan& plan, Sums* of_block, RowState<A>* of_slice,
-                      unsigned blocks, cudaStream_t stream) {
+void launch_few_lanes(const CrossEntropyForward& a, const Plan& plan, const BlockSums& sums,
+                      RowState<A>* of_slice, unsigned blocks, cudaStream_t stream) {
   if constexpr (!std::is_same_v<T, AnyType>)
-    forward_rows<T, A, kFewLanes, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.rows, of_block, of_slice);
+    forward_rows<T, A, kFewLanes, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.rows, sums, of_slice);
 }
 
 template <class T, class A, bool kDense>
-void launch_tiles(const CrossEntropyForward& a, const Plan& plan, Sums* of_block, unsigned blocks,
+void launch_tiles(const CrossEntropyForward& a, const Plan& plan, const BlockSums& sums, unsigned blocks,
                   cudaStream_t stream) {
   with_flag(plan.tiling.packs, [&](auto packs) {
     constexpr int kRows = decltype(packs)::value ? kPackSize<T> : 1;
-    forward_tiles<T, A, kRows, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.tiling, of_block);
+    forward_tiles<T, A, kRows, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.tiling, sums);
   });
 }
 
@@ -347,8 +344,7 @@ void launch(const CrossEntropyForward& a, void* workspace, void* stream_) {
   constexpr const char* op = "cross_entropy";
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Plan plan = plan_of(a);
-  const Result result{a.reduction, a.loss_dtype, a.loss, a.normalizer};
-  Sums* of_block = static_cast<Sums*>(workspace);
+  const BlockSums sums{static_cast<Sums*>(workspace), {a.reduction, a.loss_dtype, a.loss, a.normalizer}};
   const bool dense = is_dense(a, plan);
   if (plan.blocks > 0) {
     trace("cross_entropy_forward", plan);
@@ -359,35 +355,35 @@ void launch(const CrossEntropyForward& a, void* workspace, void* stream_) {
       if constexpr (!std::is_same_v<T, AnyType>) {
         if (plan.way == Plan::kShort)
           return forward_short_rows<T, A>
-              <<<blocks, kShortThreads, plan.short_rows_bytes(a), stream>>>(a, plan.short_rows, of_block);
+              <<<blocks, kShortThreads, plan.short_rows_bytes(a), stream>>>(a, plan.short_rows, sums);
       }
       with_flag(dense || std::is_same_v<T, AnyType>, [&](auto flag) {
         constexpr bool kDense = decltype(flag)::value;
         if constexpr (kDense || !std::is_same_v<T, AnyType>) {
           auto* of_slice = static_cast<RowState<A>*>(workspace);
           if (plan.way == Plan::kTiles)
-            launch_tiles<T, A, kDense>(a, plan, of_block, blocks, stream);
+            launch_tiles<T, A, kDense>(a, plan, sums, blocks, stream);
           else if (plan.way == Plan::kByLanes)
-            launch_few_lanes<T, A, kDense>(a, plan, of_block, of_slice, blocks, stream);
+            launch_few_lanes<T, A, kDense>(a, plan, sums, of_slice, blocks, stream);
           else if (plan.way == Plan::kByWarp)
-            forward_rows<T, A, kWarp, kDense>
-                <<<blocks, kThreads, 0, stream>>>(a, plan.rows, of_block, of_slice);
+            forward_rows<T, A, kWarp, kDense><<<blocks, kThreads, 0, stream>>>(a, plan.rows, sums, of_slice);
           else
             forward_rows<T, A, kThreads, kDense>
-                <<<blocks, kThreads, 0, stream>>>(a, plan.rows, of_block, of_slice);
+                <<<blocks, kThreads, 0, stream>>>(a, plan.rows, sums, of_slice);
         }
       });
     });
     check_launch(op);
   }
   if (plan.rows.slices == 1) {
-    reduce_blocks<<<1, kReduceThreads, 0, stream>>>(of_block, static_cast<int>(plan.blocks), result);
+    if (plan.blocks == 1) return;
+    reduce_blocks<<<1, kReduceThreads, 0, stream>>>(sums, static_cast<int>(plan.blocks));
   } else if (a.use_double) {
-    join_slices<double><<<1, kThreads, 0, stream>>>(a, plan.rows.slices,
-                                                    static_cast<const RowState<double>*>(workspace), result);
+    join_slices<double><<<1, kThreads, 0, stream>>>(
+        a, plan.rows.slices, static_cast<const RowState<double>*>(workspace), sums.result);
   } else {
-    join_slices<float><<<1, kThreads, 0, stream>>>(a, plan.rows.slices,
-                                                   static_cast<const RowState<float>*>(workspace), result);
+    join_slices<float><<<1, kThreads, 0, stream>>>(
+        a, plan.rows.slices, static_cast<const RowState<float>*>(workspace), sums.result);
   }
   check_launch(op);
 }

@@ -24,13 +24,13 @@ struct Offsets {
   int64_t of[kMSEOperands];
 };
 
-// An element at a time, of any dtype and strides; `absent` where there is no tensor.
+// An element at a time, of any dtype and strides; 1 where there is no tensor.
 template <class A>
-LOSSOPS_DEVICE A load_element(const Elements& t, MSEOperand operand, const Offsets& o, A absent) {
-  return t.data == nullptr ? absent : load_any<A>(t.dtype, t.data, o.of[operand]);
+LOSSOPS_DEVICE A load_element(const Elements& t, MSEOperand operand, const Offsets& o) {
+  return t.data == nullptr ? A(1) : load_any<A>(t.dtype, t.data, o.of[operand]);
 }
 
-// A contiguous tensor of T, or one value for all, or none.
+// A contiguous tensor of T, or one value for all, or none, which is 1 for all.
 template <class T, class A>
 struct Flat {
   T* data;
@@ -53,14 +53,14 @@ struct Flat {
       return load_pack(data + i);
   }
   template <int N>
-  LOSSOPS_DEVICE void widen_raw(const Raw<N>& raw, A absent, A (&out)[N]) const {
+  LOSSOPS_DEVICE void widen_raw(const Raw<N>& raw, A (&out)[N]) const {
     if (varies()) {
       if constexpr (N == 1)
         out[0] = widen<A>(raw);
       else
         unpack<T>(raw, out);
     } else {
-      const A value = data == nullptr ? absent : widen<A>(*data);
+      const A value = data == nullptr ? A(1) : widen<A>(*data);
 #pragma unroll
       for (int k = 0; k < N; ++k) out[k] = value;
     }
@@ -179,7 +179,8 @@ LOSSOPS_DEVICE void for_each_element(const MSEProblem& a, const Share& share, co
 
 template <class T, class A, bool kPlain, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kResident)
-    forward_packs(const __grid_constant__ MSEForward a, const __grid_constant__ Share share, Sums* of_block) {
+    forward_packs(const __grid_constant__ MSEForward a, const __grid_constant__ Share share,
+                  const __grid_constant__ BlockSums block) {
   const Flat<T, A> input(a, a.input, kInput), target(a, a.target, kTargetElement),
       weight(a, a.weight, kWeight), out(a, a.out, kOut);
   const Mask mask(a);
@@ -204,12 +205,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int64_t i = first + u * kThreads * kWidth;
       if (i >= end) continue;
       A x[kWidth], y[kWidth], w[kWidth], loss[kWidth];
-      input.template widen_raw<kWidth>(inputs[u], 0, x);
-      target.template widen_raw<kWidth>(targets[u], 0, y);
+      input.template widen_raw<kWidth>(inputs[u], x);
+      target.template widen_raw<kWidth>(targets[u], y);
       if (kPlain) {
         for (int k = 0; k < kWidth; ++k) w[k] = 1;
       } else {
-        weight.template widen_raw<kWidth>(weights[u], 1, w);
+        weight.template widen_raw<kWidth>(weights[u], w);
       }
       A loss_part = 0, weight_part = 0; // of a pack, before they are added in double
 #pragma unroll
@@ -226,31 +227,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
   };
   for_packs<T, kPlain>(a.elements.count, share, add);
-  const Sums total = block_sums<kThreads>(sums);
-  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+  block.put(block_sums<kThreads>(sums));
 }
 
 // Also the loss's derivative along a tangent.
 template <class A, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_elements(const __grid_constant__ MSEForward a, const __grid_constant__ Share share,
-                     Sums* of_block) {
+                     const __grid_constant__ BlockSums block) {
   const bool jvp = a.input_tangent.data != nullptr;
   Sums sums;
   for_each_element<kMasked>(a, share, [&](const Offsets& o, bool counts) {
-    const A difference =
-        load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0);
-    A w = load_element<A>(a.weight, kWeight, o, 1);
+    const A difference = load_element<A>(a.input, kInput, o) - load_element<A>(a.target, kTargetElement, o);
+    A w = load_element<A>(a.weight, kWeight, o);
     A loss = jvp ? 2 * w * difference *
-                       (load_element<A>(a.input_tangent, kInputTangent, o, 0) -
-                        load_element<A>(a.target_tangent, kTargetTangent, o, 0))
+                       (load_element<A>(a.input_tangent, kInputTangent, o) -
+                        load_element<A>(a.target_tangent, kTargetTangent, o))
                  : w * (difference * difference);
     if (!counts) loss = w = 0;
     if (a.reduction == Reduction::none) return store_any(a.out.dtype, a.out.data, o.of[kOut], loss);
     sums.add({static_cast<double>(loss), static_cast<double>(w)});
   });
-  const Sums total = block_sums<kThreads>(sums);
-  if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+  block.put(block_sums<kThreads>(sums));
 }
 
 // What each element's gradient has in common where one upstream gradient serves all.
@@ -289,17 +287,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int64_t i = first + u * kThreads * kWidth;
       if (i >= end) continue;
       A x[kWidth], y[kWidth], w[kWidth], g[kWidth];
-      input.template widen_raw<kWidth>(inputs[u], 0, x);
-      target.template widen_raw<kWidth>(targets[u], 0, y);
+      input.template widen_raw<kWidth>(inputs[u], x);
+      target.template widen_raw<kWidth>(targets[u], y);
       if (kPlain) {
         for (int k = 0; k < kWidth; ++k) w[k] = 1;
       } else {
-        weight.template widen_raw<kWidth>(weights[u], 1, w);
+        weight.template widen_raw<kWidth>(weights[u], w);
       }
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) g[k] = 1;
-      if (!kPlain && grad.varies())
-        grad.template widen_raw<kWidth>(grads[u], 1, g); // else it is in the factor
+      if (!kPlain && grad.varies()) grad.template widen_raw<kWidth>(grads[u], g); // else it is in the factor
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         g[k] = factor * g[k] * w[k] * (x[k] - y[k]);
@@ -321,8 +318,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for_each_element<kMasked>(a, share, [&](const Offsets& o, bool counts) {
     const double grad = load_any<double>(a.grad.dtype, a.grad.data, o.of[kGrad]);
     A g = static_cast<A>(2 * (a.normalizer == nullptr ? grad : grad * divisor)) *
-          load_element<A>(a.weight, kWeight, o, 1) *
-          (load_element<A>(a.input, kInput, o, 0) - load_element<A>(a.target, kTargetElement, o, 0));
+          load_element<A>(a.weight, kWeight, o) *
+          (load_element<A>(a.input, kInput, o) - load_element<A>(a.target, kTargetElement, o));
     if (!counts) g = 0;
     if (a.grad_input.data != nullptr) store_any(a.grad_input.dtype, a.grad_input.data, o.of[kOut], g);
     if (a.grad_target.data != nullptr)
@@ -443,7 +440,7 @@ void launch(const MSEForward& a, void* workspace, void* stream_) {
   constexpr const char* op = "mse_loss";
   const auto stream = static_cast<cudaStream_t>(stream_);
   const auto blocks = static_cast<unsigned>(blocks_of(a));
-  Sums* of_block = static_cast<Sums*>(workspace);
+  const BlockSums sums{static_cast<Sums*>(workspace), {a.reduction, a.out.dtype, a.out.data, a.normalizer}};
   if (blocks > 0) {
     const bool jvp = a.input_tangent.data != nullptr;
     const std::optional<Share> packs = jvp ? std::nullopt : Operands(a).packs();
@@ -453,19 +450,18 @@ void launch(const MSEForward& a, void* workspace, void* stream_) {
       using A = typename decltype(accumulation)::type;
       if constexpr (std::is_same_v<T, AnyType>)
         with_flag(a.mask != nullptr, [&](auto masked) {
-          forward_elements<A, decltype(masked)::value>
-              <<<blocks, kThreads, 0, stream>>>(a, share_of(a), of_block);
+          forward_elements<A, decltype(masked)::value><<<blocks, kThreads, 0, stream>>>(a, share_of(a), sums);
         });
       else
         with_extras(a, a.weight.data == nullptr, [&](auto plain, auto masked) {
           forward_packs<T, A, decltype(plain)::value, decltype(masked)::value>
-              <<<blocks, kThreads, 0, stream>>>(a, *packs, of_block);
+              <<<blocks, kThreads, 0, stream>>>(a, *packs, sums);
         });
     });
     check_launch(op);
   }
-  const Result result{a.reduction, a.out.dtype, a.out.data, a.normalizer};
-  reduce_blocks<<<1, kReduceThreads, 0, stream>>>(of_block, static_cast<int>(blocks), result);
+  if (blocks == 1) return;
+  reduce_blocks<<<1, kReduceThreads, 0, stream>>>(sums, static_cast<int>(blocks));
   check_launch(op);
 }
 

@@ -86,15 +86,29 @@ struct Result {
   }
 };
 
+// What a kernel's blocks do with their sums: they leave them to reduce_blocks; one that is alone needs none.
+struct BlockSums {
+  Sums* of_block;
+  Result result;
+
+  LOSSOPS_DEVICE void put(const Sums& total) const {
+    if (threadIdx.x != 0) return;
+    if (gridDim.x == 1)
+      result.write(total);
+    else
+      of_block[blockIdx.x] = total;
+  }
+};
+
 constexpr int kReduceThreads = 1024;
 
 // One block: the blocks before it are at most a few thousand.
 static __global__ void __launch_bounds__(kReduceThreads)
-    reduce_blocks(const Sums* of_block, int blocks, const __grid_constant__ Result result) {
+    reduce_blocks(const __grid_constant__ BlockSums sums, int blocks) {
   Sums own;
-  for (int i = threadIdx.x; i < blocks; i += kReduceThreads) own.add(of_block[i]);
+  for (int i = threadIdx.x; i < blocks; i += kReduceThreads) own.add(sums.of_block[i]);
   const Sums total = block_sums<kReduceThreads>(own);
-  if (threadIdx.x == 0) result.write(total);
+  if (threadIdx.x == 0) sums.result.write(total);
 }
 
 } // namespace lossops::cuda
