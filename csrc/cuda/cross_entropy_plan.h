@@ -85,6 +85,7 @@ struct Plan {
   bool typed; // the kernel knows the dtype; else it reads elements one by one
   // The row functions have fewer ways, for the compiler's time: not kByLanes, and kTiles of single rows.
   bool few_ways;
+  bool gives_sums; // each block, for another kernel to add up
   Rows rows{1, 1, 1};
   Tiling tiling{1, 1, false};
   ShortRows short_rows{1, 1, 1};
@@ -92,11 +93,15 @@ struct Plan {
 
   // Rows longer than this are worth a block, shorter than kLanesBytes no more than eight lanes of a warp.
   static constexpr int64_t kBlockClasses = 1024, kLanesBytes = 512;
+  // Of rows for each warp of a block whose sums nobody has to add up: more take longer to come to an end
+  // together. 65536 x 1000 in float32 take 185 us on an H100; 200, were there kMaxWarpBlocks.
+  static constexpr int64_t kWarpBytes = 6144;
   // A wave on the largest GPUs of today (148 multiprocessors) at eight blocks each; fewer rows are cut
   // into slices until there are as many, if each still has kMinSlice classes.
   static constexpr int64_t kWaveBlocks = 8 * 148, kMinSlice = 4096, kMaxSlice = int64_t{1} << 30;
 
-  explicit Plan(const ClassTensors& tensors, bool few_ways = false) : few_ways(few_ways) {
+  Plan(const ClassTensors& tensors, bool few_ways, bool gives_sums)
+      : few_ways(few_ways), gives_sums(gives_sums) {
     const CrossEntropyProblem& a = tensors.problem;
     typed = tensors.one_dtype();
     constexpr int64_t kFewRows = 8; // side by side: less than a sector
@@ -122,7 +127,11 @@ struct Plan {
     rows.slices = std::max<int64_t>(1, (a.classes + rows.slice_size - 1) / rows.slice_size);
     const int64_t together = way == kByBlock ? 1 : way == kByWarp ? kThreads / kWarp : kThreads / kFewLanes;
     const int64_t most = way == kByBlock ? kMaxBlocks : kMaxWarpBlocks;
-    const int64_t wanted = rows.slices > 1 ? together : (a.rows.count + most - 1) / most;
+    int64_t wanted = rows.slices > 1 ? together : (a.rows.count + most - 1) / most;
+    if (way == kByWarp && !few_ways && !gives_sums) {
+      const int64_t row_bytes = std::max<int64_t>(1, a.classes * bytes_of(a.logits.dtype));
+      wanted = std::min(wanted, together * std::max<int64_t>(1, kWarpBytes / row_bytes));
+    }
     rows.per_block = std::max<int64_t>(1, (wanted + together - 1) / together) * together;
     blocks = (a.rows.count + rows.per_block - 1) / rows.per_block * rows.slices;
   }
@@ -210,10 +219,10 @@ inline unsigned grid(const char* op, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// A backward works on its rows apart from one another: any number of blocks.
 template <class Call>
 Plan plan_of(const Call& a) {
-  return Plan(ClassTensors(a), std::is_base_of_v<CrossEntropyRowsProblem, Call>);
+  constexpr bool row_functions = std::is_base_of_v<CrossEntropyRowsProblem, Call>;
+  return Plan(ClassTensors(a), row_functions, std::is_same_v<Call, CrossEntropyForward>);
 }
 
 } // namespace lossops::cuda

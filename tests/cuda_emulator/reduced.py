@@ -24,6 +24,7 @@ LIMITS = [
     ("cross_entropy.cuh", "kMaxShortBlocks = 4096", "kMaxShortBlocks = 2"),
     ("cross_entropy.cuh", "kChunk = kThreads", "kChunk = 32"),
     ("cross_entropy_plan.h", "kBlockClasses = 1024", "kBlockClasses = 512"),
+    ("cross_entropy_plan.h", "kWarpBytes = 6144", "kWarpBytes = 1 << 20"),
     ("cross_entropy_plan.h", "kWaveBlocks = 8 * 148", "kWaveBlocks = 40"),
     ("cross_entropy_plan.h", "kMinSlice = 4096", "kMinSlice = 512"),
     ("cross_entropy_plan.h", "kThreadsWanted = kWaveBlocks * kThreads / 2", "kThreadsWanted = 512"),
