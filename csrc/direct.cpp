@@ -11,6 +11,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cross_entropy.h"
 #include "mse.h"
@@ -32,23 +33,27 @@ constexpr float kOne = 1; // an upstream gradient
 // Tensors, as torch shows them to C
 
 struct Torch {
-  const DLPackExchangeAPI* api; // null where its version is another
+  const DLPackExchangeAPI* api; // null where there is none of this version
   PyTypeObject *tensor, *parameter;
   PyObject* is_neg;
 };
 
-// Never destroyed: a kept forward may outlive the interpreter's modules.
+const DLPackExchangeAPI* exchange_api(py::handle tensor_type) {
+  constexpr const char* name = "dlpack_exchange_api";
+  const py::object capsule = py::getattr(tensor_type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), name)) return nullptr;
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  const bool known = api->header.version.major == DLPACK_MAJOR_VERSION;
+  return known && api->dltensor_from_py_object_no_sync != nullptr ? api : nullptr;
+}
+
+// Asked for first when the module is loaded: later, a thread that waits here would keep the interpreter from
+// the one that looks. Never destroyed: what is kept may outlive the interpreter's modules.
 const Torch& torch() {
   static const Torch* const found = [] {
-    py::object module = py::module_::import("torch"), tensor = module.attr("Tensor");
-    py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-    const auto* api =
-        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api == nullptr) throw py::error_already_set();
-    const bool known =
-        api->header.version.major == DLPACK_MAJOR_VERSION && api->dltensor_from_py_object_no_sync != nullptr;
+    const py::object module = py::module_::import("torch"), tensor = module.attr("Tensor");
     const auto type = [](py::object t) { return reinterpret_cast<PyTypeObject*>(t.release().ptr()); };
-    return new Torch{known ? api : nullptr, type(tensor), type(module.attr("nn").attr("Parameter")),
+    return new Torch{exchange_api(tensor), type(tensor), type(module.attr("nn").attr("Parameter")),
                      py::str("is_neg").release().ptr()};
   }();
   return *found;
@@ -125,6 +130,9 @@ struct Plain {
   bool is_scalar() const {
     return data != nullptr && dims == 0 && is_floating();
   }
+  bool is_scalar_beside(const Plain& other) const {
+    return is_scalar() && lies_with(other);
+  }
 
  private:
   Plain() = default;
@@ -160,6 +168,11 @@ Place place_of(const Plain& input) {
   if (input.is_on_gpu()) return kOnGpu;
   if (input.elements > kMostElementsOnCpu) return kNowhere;
   return input.dtype == DType::f32 ? kFloatOnCpu : kOnCpu;
+}
+
+// Of what lossops itself has made beforehand.
+void expect(bool holds, const char* sentence) {
+  if (!holds) throw std::runtime_error(sentence);
 }
 
 // Whether an upstream gradient is 1, where looking does not mean waiting.
@@ -206,13 +219,20 @@ class DeviceMemory {
 };
 
 struct Kept {
-  int64_t rows = 0, classes = 0; // or elements, 1: what a tensor's memory holds may change behind autograd
-  DType dtype = DType::f32;
+  // What the backward's has to be like: whoever sets x.data, or saves tensors through hooks, may hand it
+  // another.
+  Plain input;
+  std::vector<int64_t> shape;
+
   double on_host = 0; // the normalizer of a loss on the CPU
   double* normalizer = &on_host;
   char* stats = nullptr;
-  std::unique_ptr<char[]> host;
-  DeviceMemory device;
+  std::unique_ptr<char[]> host_memory;
+  DeviceMemory device_memory;
+
+  explicit Kept(const Plain& x) : input(x), shape(x.shape, x.shape + x.dims) {
+    input.shape = shape.data();
+  }
 };
 
 py::capsule capsule_of(std::unique_ptr<Kept> kept) {
@@ -235,7 +255,7 @@ template <class Forward>
 void queue_forward(Forward& call, int64_t stats_bytes, DLDevice device, Kept& kept) {
   constexpr int64_t kAlignment = 16;
   const int64_t to_workspace = kAlignment + (stats_bytes + kAlignment - 1) / kAlignment * kAlignment;
-  char* const memory = kept.device.take(device, to_workspace + cuda::workspace_bytes(call));
+  char* const memory = kept.device_memory.take(device, to_workspace + cuda::workspace_bytes(call));
   call.normalizer = kept.normalizer = reinterpret_cast<double*>(memory);
   if constexpr (std::is_base_of_v<CrossEntropyProblem, Forward>)
     call.stats = kept.stats = memory + kAlignment;
@@ -280,15 +300,13 @@ Problem cross_entropy_problem(const Plain& logits, const Plain& target, int64_t 
 py::object direct_cross_entropy_forward(py::handle logits, py::handle target, py::handle loss,
                                         py::handle grad_logits, int64_t ignore_index) {
   const Plain z = Plain::known(logits), y = Plain::known(target), out = Plain::known(loss);
-  if (!are_batch(z, y) || !out.is_scalar()) throw std::logic_error("direct_cross_entropy_forward");
+  expect(are_batch(z, y) && out.is_scalar_beside(z),
+         "cross_entropy: expected memory for a loss of the logits");
   auto call = cross_entropy_problem<CrossEntropyForward>(z, y, ignore_index);
   call.loss = out.data;
   call.loss_dtype = out.dtype;
-  auto kept = std::make_unique<Kept>();
-  kept->rows = z.shape[0];
-  kept->classes = call.classes;
-  kept->dtype = z.dtype;
-  const int64_t stats_bytes = 2 * kept->rows * (call.use_double ? 8 : 4);
+  auto kept = std::make_unique<Kept>(z);
+  const int64_t stats_bytes = 2 * z.shape[0] * (call.use_double ? 8 : 4);
 #ifdef LOSSOPS_CUDA
   if (z.is_on_gpu()) {
     cuda::note_class_indices(z.device.device_id);
@@ -296,8 +314,8 @@ py::object direct_cross_entropy_forward(py::handle logits, py::handle target, py
     return capsule_of(std::move(kept));
   }
 #endif
-  kept->host.reset(new char[stats_bytes]);
-  call.stats = kept->stats = kept->host.get();
+  kept->host_memory.reset(new char[stats_bytes]);
+  call.stats = kept->stats = kept->host_memory.get();
   call.normalizer = kept->normalizer;
   bool bad_target = false;
   call.bad_target = &bad_target;
@@ -305,7 +323,7 @@ py::object direct_cross_entropy_forward(py::handle logits, py::handle target, py
     cpu::launch(call);
   } else {
     const Plain dz = Plain::known(grad_logits);
-    if (!dz.is_like(z)) throw std::logic_error("direct_cross_entropy_forward");
+    expect(dz.is_like(z), "cross_entropy: expected memory for the gradient of the logits");
     CrossEntropyBackward gradient;
     static_cast<CrossEntropyProblem&>(gradient) = call;
     *call.normalizer = cpu::weigh_rows(call);
@@ -325,9 +343,7 @@ bool direct_cross_entropy_backward(py::handle grad_loss, py::handle logits, py::
                                    py::handle grad_logits, int64_t ignore_index, const py::capsule& capsule) {
   const Kept& kept = *capsule.get_pointer<Kept>();
   const Plain g(grad_loss), z(logits), y(target), dz(grad_logits);
-  if (!are_batch(z, y) || z.shape[0] != kept.rows || z.shape[1] != kept.classes || z.dtype != kept.dtype ||
-      !g.is_scalar() || !g.lies_with(z) || !dz.is_like(z))
-    return false;
+  if (!are_batch(z, y) || !z.is_like(kept.input) || !g.is_scalar_beside(z) || !dz.is_like(z)) return false;
   auto call = cross_entropy_problem<CrossEntropyBackward>(z, y, ignore_index);
   call.stats = kept.stats;
   call.grad_loss = g.data;
@@ -370,12 +386,10 @@ Problem mse_problem(const Plain& input, const Plain& target) {
 // As above: what the backward needs, and with grad_input (None: without) the gradient.
 py::capsule direct_mse_forward(py::handle input, py::handle target, py::handle loss, py::handle grad_input) {
   const Plain x = Plain::known(input), y = Plain::known(target), out = Plain::known(loss);
-  if (!are_alike(x, y) || !out.is_scalar()) throw std::logic_error("direct_mse_forward");
+  expect(are_alike(x, y) && out.is_scalar_beside(x), "mse_loss: expected memory for a loss of the input");
   auto call = mse_problem<MSEForward>(x, y);
   call.out = {out.data, out.dtype};
-  auto kept = std::make_unique<Kept>();
-  kept->rows = x.elements;
-  kept->dtype = x.dtype;
+  auto kept = std::make_unique<Kept>(x);
 #ifdef LOSSOPS_CUDA
   if (x.is_on_gpu()) {
     queue_forward(call, 0, x.device, *kept);
@@ -388,7 +402,7 @@ py::capsule direct_mse_forward(py::handle input, py::handle target, py::handle l
     cpu::launch(call);
   } else {
     const Plain dx = Plain::known(grad_input);
-    if (!dx.is_like(x)) throw std::logic_error("direct_mse_forward");
+    expect(dx.is_like(x), "mse_loss: expected memory for the gradient of the input");
     MSEBackward gradient;
     static_cast<MSEProblem&>(gradient) = call;
     gradient.grad = {const_cast<float*>(&kOne), DType::f32};
@@ -403,9 +417,7 @@ bool direct_mse_backward(py::handle grad_loss, py::handle input, py::handle targ
                          const py::capsule& capsule) {
   const Kept& kept = *capsule.get_pointer<Kept>();
   const Plain g(grad_loss), x(input), y(target), dx(grad_input);
-  if (!are_alike(x, y) || !dx.is_like(x) || x.elements != kept.rows || x.dtype != kept.dtype ||
-      !g.is_scalar() || !g.lies_with(x))
-    return false;
+  if (!are_alike(x, y) || !x.is_like(kept.input) || !g.is_scalar_beside(x) || !dx.is_like(x)) return false;
   auto call = mse_problem<MSEBackward>(x, y);
   call.grad = {g.data, g.dtype};
   call.normalizer = kept.normalizer;
@@ -420,6 +432,7 @@ bool direct_mse_backward(py::handle grad_loss, py::handle input, py::handle targ
 } // namespace
 
 void define_direct(py::module_& m) {
+  torch();
   m.def("is_one", &is_one, "Whether a tensor is a 1, plain and on the CPU.");
   m.def("direct_cross_entropy", &direct_cross_entropy);
   m.def("direct_cross_entropy_forward", &direct_cross_entropy_forward);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,42 @@ def test_what_no_tensor_is_goes_to_the_ops(loss, inputs, node, device) -> None:
         with pytest.raises(NotImplementedError, match="dense"):
             loss(sparse, y)
     assert not goes_direct(loss, x.to("meta"), y.to("meta"))
+
+
+def others(x: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """What a hook might put in a saved tensor's place."""
+    changes: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t.double(),
+        lambda t: t[:1],
+        lambda t: t.transpose(0, -1),
+        lambda t: t.flatten(),
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda t: torch.cat([t, t]),
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+    ]
+    return [*changes, lambda t: t.cpu()] if x.is_cuda else changes
+
+
+@not_emulated
+@LOSSES
+def test_saved_tensors_that_come_back_as_others(loss, inputs, node, device) -> None:
+    """Nothing is read or written at the old length, or on the old device: an error, or the same gradient."""
+    x, y = inputs()
+    (expected,) = torch.autograd.grad(loss(x, y), x)
+    for change in others(x):
+        for replaced in (x, y):
+
+            def unpack(t: Tensor, replaced=replaced, change=change) -> Tensor:
+                return change(t) if t.dtype == replaced.dtype and t.shape == replaced.shape else t
+
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+                value = loss(x, y)
+            try:
+                (gradient,) = torch.autograd.grad(value, x)
+            except (RuntimeError, ValueError, NotImplementedError, IndexError):
+                continue
+            torch.testing.assert_close(gradient, expected)
 
 
 @gpu_only
