@@ -344,6 +344,7 @@ class Traffic:
     least_instructions: int  # of 32 lanes with 16 bytes each
     wavefronts: int
     least_wavefronts: int
+    executed: int  # PTX instructions of all threads
 
     @property
     def over_ideal(self) -> float:
@@ -471,6 +472,7 @@ def measure_traffic(dtypes: Sequence[str] = MOVED_DTYPES, library: Path | None =
                     -(-sum(site.bytes for site in moved) // 512),
                     sum(site.wavefronts for site in shared),
                     sum(least(site) for site in shared),
+                    emulator.executed(),
                 )
             )
             return result
@@ -490,6 +492,15 @@ def traffic_table(traffic: list[Traffic]) -> str:
         ratios = [f"{x:.3f}" for x in (t.over_ideal, t.over_least_instructions, t.over_least)]
         body.append((t.case, t.dtype, t.op, t.ideal, t.read, t.written, *ratios))
     return table(("tensor", "dtype", "op", *counted), body)
+
+
+def work_table(traffic: list[Traffic]) -> str:
+    listed = cases()
+    body = []
+    for t in traffic:
+        an_element = f"{t.executed / math.prod(listed[t.case].shape):.2f}"
+        body.append((t.case, t.dtype, t.op, t.executed, an_element))
+    return table(("tensor", "dtype", "op", "PTX instructions", "an element"), body)
 
 
 def floor_table(traffic: list[Traffic]) -> str:
@@ -542,7 +553,7 @@ def parts_of_page(traffic: list[Traffic]) -> tuple[dict[str, str], str | None]:
     parts = {"traffic": traffic_table(traffic), "floors": floor_table(traffic)}
     reason = no_machine_code()
     if reason is None:
-        parts |= kernel_tables(compiled_kernels())
+        parts |= {"work": work_table(traffic)} | kernel_tables(compiled_kernels())
     return parts, reason
 
 
@@ -551,7 +562,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing, fail where the page is not true")
     what.add_argument("--json", action="store_true", help="print the traffic alone")
-    what.add_argument("--library", type=Path, help="print the traffic of this one, of the flavour stats")
+    what.add_argument("--library", type=Path, help="print what this one (of the flavour stats) moves")
     parser.add_argument("--dtypes", nargs="+", default=MOVED_DTYPES, help="of the traffic that is printed")
     given = parser.parse_args()
 
@@ -562,7 +573,7 @@ def main() -> int:
             raise ReportError(reason)
         traffic = list(measure_traffic(given.dtypes, given.library))
         if given.library:
-            print(traffic_table(traffic))
+            print(traffic_table(traffic) + work_table(traffic))
             return 0
         if given.json:
             print(json.dumps([asdict(t) for t in traffic]))

@@ -301,6 +301,19 @@ def test_sectors_of_vectors(counting: Emulator) -> None:
         assert site.file.endswith("kernels.cu")
 
 
+def test_executed_instructions(counting: Emulator) -> None:
+    """In proportion to the threads' work, wherever branches lead; none without a launch."""
+    counts = []
+    for vectors in (64, 128, 0):
+        x = torch.zeros(4 * 64 * 3)
+        counting.reset_statistics()
+        if vectors:
+            assert counting.library.launch_copy(pointer(x), pointer(x), ctypes.c_int64(16 * vectors)) == 0
+        counts.append(counting.executed())
+    assert counts[0] > 64 and counts[2] == 0
+    assert counts[1] > counts[0] + 64
+
+
 @pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (8, 32), (32, 32)])
 def test_sectors_of_strides(counting: Emulator, stride: int, sectors: int) -> None:
     storage = torch.zeros(64 * stride + 8)

@@ -117,7 +117,7 @@ def test_page_without_the_section() -> None:
 def test_page_has_every_table() -> None:
     """And those of nvcc 13.0.88 have been made."""
     page = cuda_report.PAGE.read_text()
-    for name in ("traffic", "floors", "kernels", "other kernels", "reasons"):
+    for name in ("traffic", "work", "floors", "kernels", "other kernels", "reasons"):
         match = cuda_report.section(name).search(page)
         assert match is not None and match[1].strip(), name
 

@@ -51,6 +51,7 @@ class Emulator:
 
     def __init__(self, library: Path | str) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.library.emulator_executed.restype = ctypes.c_uint64
 
     def set_order(self, order: int, seed: int = 1) -> None:
         """Of blocks and threads; the seed counts for RANDOM."""
@@ -63,6 +64,10 @@ class Emulator:
 
     def reset_statistics(self) -> None:
         self.library.emulator_reset_statistics()
+
+    def executed(self) -> int:
+        """PTX instructions of all threads since the reset; 0 but in the flavour stats."""
+        return self.library.emulator_executed()
 
     def statistics(self) -> list[Site]:
         """Of every instruction executed since the reset; empty but in the flavour stats."""

@@ -273,7 +273,7 @@ def notices(library: Path, name: str, dtype: str, flavour: str, orders: str, sec
 
 
 def traffic_of(library: Path, dtype: str) -> str:
-    """The table of what the kernels of a library move, or why there is none."""
+    """The tables of what the kernels of a library move and execute, or why there are none."""
     command = [sys.executable, str(REPORT), "--library", str(library), "--dtypes", dtype]
     result = result_within(400, command)
     if result is None:
@@ -282,12 +282,12 @@ def traffic_of(library: Path, dtype: str) -> str:
 
 
 def moves_otherwise(before: str, after: str) -> str | None:
-    """The first line of the table that a mutant changes, or None."""
+    """The first line of the tables that a mutant changes, or None."""
     if before == after:
         return None
     lines = before.splitlines()
     changed = [line for line in after.splitlines() if line not in lines]
-    return f"the traffic is another: {changed[0] if changed else after}"
+    return f"the traffic or the work is another: {changed[0] if changed else after}"
 
 
 class Judge:

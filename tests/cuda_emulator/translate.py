@@ -64,14 +64,14 @@ class KernelWriter:
     def text(self) -> str:
         body = []
         place = None
-        for item in self.kernel.body:
-            if isinstance(item, Label):
-                body.append(f"{label(item.name)}:;")
-                continue
-            if (item.file, item.line) != place:
-                place = (item.file, item.line)
-                body.append(f"#line {item.line} {quoted(item.file)}")
-            body.append(self.instruction(item))
+        for name, instructions in straight_runs(self.kernel.body):
+            body.append(f"{label(name)}:;" if name else "")
+            body.append(f"  EXECUTED({len(instructions)});")
+            for item in instructions:
+                if (item.file, item.line) != place:
+                    place = (item.file, item.line)
+                    body.append(f"#line {item.line} {quoted(item.file)}")
+                body.append(self.instruction(item))
         declared = [f"  {self.declaration(name, bits)}" for name, bits in self.kernel.registers.items()]
         stack = [f"  alignas({max(v.alignment, 16)}) char {register(v.name)}[{v.size}];" for v in self.locals]
         head = f"void {self.name}(void** arguments) {{\n  const auto& at = *emulator::current;"
@@ -108,6 +108,19 @@ class KernelWriter:
             negated = "!" if instruction.guard.startswith("!") else ""
             code = f"if ({negated}{register(instruction.guard.lstrip('!'))}) {{ {code} }}"
         return f"  {{ {code} }}"
+
+
+def straight_runs(body: list[Instruction | Label]) -> list[tuple[str, list[Instruction]]]:
+    """Instructions that are executed all or none of them, and the label before the first ("": none)."""
+    runs: list[tuple[str, list[Instruction]]] = [("", [])]
+    for item in body:
+        if isinstance(item, Label):
+            runs.append((item.name, []))
+            continue
+        runs[-1][1].append(item)
+        if item.opcode.split(".")[0] in ("bra", "brx", "ret", "exit"):
+            runs.append(("", []))
+    return [(name, instructions) for name, instructions in runs if name or instructions]
 
 
 def names_in(instruction: Instruction) -> list[str]:

@@ -33,6 +33,8 @@ struct EmulatorSite {
 };
 
 EMULATOR_EXPORT void emulator_reset_statistics(void);
+/* PTX instructions since the reset, of all threads; one that its predicate switches off counts, too. */
+EMULATOR_EXPORT uint64_t emulator_executed(void);
 /* Sites that were executed since the reset, and the index-th of them. */
 EMULATOR_EXPORT int emulator_count_sites(void);
 EMULATOR_EXPORT void emulator_read_site(int index, struct EmulatorSite* site);

@@ -23,6 +23,9 @@ struct Coordinates {
 // Of the running CUDA thread.
 extern const Coordinates* current;
 
+// PTX instructions, of all threads, by the stats flavour.
+extern uint64_t executed;
+
 // An instruction of a kernel, and what the stats flavour counted there.
 struct Site {
   const char* kernel; // mangled

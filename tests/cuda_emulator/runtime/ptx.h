@@ -12,6 +12,13 @@
 
 #define PTX_INLINE static inline __attribute__((always_inline))
 
+// Before as many instructions that are executed all or none of them.
+#ifdef EMULATOR_STATISTICS
+#define EXECUTED(instructions) (emulator::executed += (instructions))
+#else
+#define EXECUTED(instructions) ((void)0)
+#endif
+
 namespace ptx {
 
 using emulator::Access;

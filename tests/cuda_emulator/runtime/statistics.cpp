@@ -76,6 +76,8 @@ void for_each_site(Visit visit) {
 
 } // namespace
 
+uint64_t executed = 0;
+
 void count_global(Site& site, uint64_t address, unsigned bytes, Access access) {
   if (kStatistics) record(site, address, bytes, access, false);
 }
@@ -124,8 +126,13 @@ void emulator_check_unwritten(int check) {
 }
 
 void emulator_reset_statistics() {
+  emulator::executed = 0;
   emulator::for_each_site(
       [](emulator::Site& site) { site.requests = site.lanes = site.sectors = site.wavefronts = 0; });
+}
+
+uint64_t emulator_executed() {
+  return emulator::executed;
 }
 
 int emulator_count_sites() {
