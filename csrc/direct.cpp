@@ -247,6 +247,7 @@ void queue(const Call& call, DLDevice device, void* workspace = nullptr) {
   void* stream = nullptr;
   if (torch().api->current_work_stream(device.device_type, device.device_id, &stream) != 0)
     throw py::error_already_set();
+  const py::gil_scoped_release others_may_run; // where the queue is full, a launch waits
   cuda::launch(call, workspace, stream);
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import _C
+from ._autograd import is_batched
 from ._explain import is_explaining, note
 
 ENABLED = os.environ.get("LOSSOPS_AHEAD") != "0"
@@ -53,12 +54,13 @@ class Ahead:
             and input.requires_grad
             and not target.requires_grad
             and _dispatch_modes() == 0
+            and _saving_hooks(True) is None
             and self.is_asked_of_plain(ctx, True)
         )
 
     def is_asked_of_plain(self, ctx: Any, on_cpu: bool) -> bool:
         """The same of tensors that `_direct.py` has found plain."""
-        ctx.may_go_ahead = on_cpu and ENABLED and _saving_hooks(True) is None
+        ctx.may_go_ahead = on_cpu and ENABLED
         if not self._wanted or not ctx.may_go_ahead or is_explaining():
             return False
         self._wanted = False
@@ -73,6 +75,7 @@ class Ahead:
             or is_grad_enabled()
             or _transforms_active()
             or _dispatch_modes() != 0
+            or is_batched(grad_loss)
             or not _C.is_one(grad_loss)
         ):
             return None

@@ -40,7 +40,7 @@ from ._autograd import (
     reduction_code,
     run,
 )
-from ._direct import ON_GPU, empty_loss, is_unwatched, place, short_apply
+from ._direct import ON_GPU, empty_loss, forget, is_unwatched, place, short_apply
 from ._explain import note
 from ._family import (
     CrossEntropyMetrics,
@@ -213,9 +213,9 @@ class DirectCrossEntropy(Function):
     @staticmethod
     def forward(ctx, logits, target, ignore_index, place, loss_dtype):
         ctx.gradient = empty_like(logits) if _ahead.is_asked_of_plain(ctx, place != ON_GPU) else None
-        loss, kept = _direct_forward(logits, target, ctx.gradient, ignore_index, place, loss_dtype)
+        loss, ctx.kept = _direct_forward(logits, target, ctx.gradient, ignore_index, place, loss_dtype)
         ctx.save_for_backward(logits, target)
-        ctx.rest = ignore_index, kept
+        ctx.ignore_index = ignore_index
         return loss
 
     @staticmethod
@@ -224,14 +224,18 @@ class DirectCrossEntropy(Function):
         gradient = _ahead.gradient(ctx, grad_loss)
         if gradient is not None:
             return gradient, None, None, None, None
-        ignore_index, kept = ctx.rest
-        if is_unwatched():
+        options = ctx.ignore_index, 0.0
+        if is_unwatched(grad_loss):
             grad = empty_like(logits)
-            if _C.direct_cross_entropy_backward(grad_loss, logits, target, grad, ignore_index, kept):
+            args = grad_loss, logits, target, grad, ctx.ignore_index, ctx.kept
+            if _C.direct_cross_entropy_backward(*args):
+                forget(ctx)
                 return grad, None, None, None, None
-        options = ignore_index, 0.0
-        with torch.no_grad():
-            _, stats, normalizer = _forward(logits, target, None, MEAN, *options, None)
+        if differentiates_backward():  # and needs nothing else
+            stats, normalizer = None, (target != ctx.ignore_index).sum(dtype=torch.float64)
+        else:
+            with torch.no_grad():
+                _, stats, normalizer = _forward(logits, target, None, MEAN, *options, None)
         args = grad_loss, logits, target, None, stats, normalizer
         return _loss_backward((True, False), options, *args)[0], None, None, None, None
 

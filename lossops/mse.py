@@ -35,7 +35,7 @@ from ._autograd import (
     run,
     unsupported_dtype,
 )
-from ._direct import FLOAT_ON_CPU, ON_GPU, empty_loss, is_unwatched, place, short_apply
+from ._direct import FLOAT_ON_CPU, ON_GPU, empty_loss, forget, is_unwatched, place, short_apply
 from ._explain import note
 
 _forward = torch.ops.lossops.mse_forward.default
@@ -177,11 +177,12 @@ class DirectMSE(Function):
         gradient = _ahead.gradient(ctx, grad_loss)
         if gradient is not None:
             return gradient, None, None, None
-        if is_unwatched():
+        if is_unwatched(grad_loss):
             grad = empty_like(input)
             if _C.direct_mse_backward(grad_loss, input, target, grad, ctx.kept):
+                forget(ctx)
                 return grad, None, None, None
-        divisor = torch.tensor(input.numel(), dtype=torch.float64, device=input.device)
+        divisor = torch.full((), input.numel(), dtype=torch.float64, device=input.device)
         args = grad_loss, input, target, None, None, divisor
         return _loss_backward((True, False), *args)[0], None, None, None
 

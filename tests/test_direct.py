@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from devices import cpu_only, gpu_only, not_emulated
 from tolerances import DTYPES
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import lossops
 from lossops import _ahead, _direct
@@ -222,6 +224,37 @@ def test_a_watcher_sees_the_ops(loss, inputs, node) -> None:
     with torch.profiler.profile() as profile:
         loss(x, y)
     assert any("lossops::" in event.key for event in profile.key_averages())
+
+
+@LOSSES
+def test_a_tracer_sees_the_ops(loss, inputs, node) -> None:
+    x, y = inputs()
+    for pre_dispatch in (False, True):
+        traced = make_fx(lambda x, y: loss(x, y), pre_dispatch=pre_dispatch)(x.detach(), y)
+        assert torch.equal(traced(x.detach(), y), loss(x, y))
+        assert "lossops" in traced.code
+
+
+@LOSSES
+def test_a_checkpoint_recomputes_on_the_same_way(loss, inputs, node) -> None:
+    x, y = inputs()
+    with torch.profiler.profile():  # of the forward alone
+        value = checkpoint(loss, x, y, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert torch.equal(gradient, torch.autograd.grad(loss(x, y), x)[0])
+
+
+@not_emulated
+@LOSSES
+def test_what_is_kept_goes_with_the_graph(loss, inputs, node, device, monkeypatch) -> None:
+    monkeypatch.setattr(_ahead, "ENABLED", False)
+    value = loss(*inputs())
+    value.backward(retain_graph=True)
+    assert value.grad_fn.kept is not None
+    value.backward()
+    assert value.grad_fn.kept is None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
 
 
 @LOSSES
