@@ -2,8 +2,8 @@
 
 The same kernels as the ops', for the plainest of calls only: contiguous tensors of one floating dtype (and
 class indices), the mean, a gradient to the input alone, and nothing watching (a transform, a dispatch mode, a
-profiler, a tracer, hooks on saved tensors). On a GPU, which computes while the host goes on, of any size; on the
-CPU, small batches. Anything else is the ops' business.
+profiler, a tracer, hooks on saved tensors). On a GPU, which computes while the host goes on, of any size; on
+the CPU, small batches. Anything else is the ops' business.
 """
 
 from __future__ import annotations

@@ -379,7 +379,8 @@ def main() -> None:
     parser.add_argument("--file", help="mutants of this file alone")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
     parser.add_argument("--fresh", action="store_true", help="forget the results of survivors")
-    parser.add_argument("--dtypes", nargs="+", choices=reduced.TYPES, default=["float32", "bfloat16"])
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtypes", nargs="+", choices=reduced.TYPES, default=dtypes)
     parser.add_argument("--quick", action="store_true", help="the first stage alone: one dtype, no sanitizer")
     parser.add_argument("--minutes", type=float, help="begin no more mutants after as many")
     parser.add_argument("--jobs", type=int, default=2)
