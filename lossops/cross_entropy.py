@@ -227,8 +227,8 @@ class DirectCrossEntropy(Function):
         options = ctx.ignore_index, 0.0
         if is_unwatched(grad_loss):
             grad = empty_like(logits)
-            args = grad_loss, logits, target, grad, ctx.ignore_index, ctx.kept
-            if _C.direct_cross_entropy_backward(*args):
+            call = grad_loss, logits, target, grad, ctx.ignore_index, ctx.kept
+            if _C.direct_cross_entropy_backward(*call):
                 forget(ctx)
                 return grad, None, None, None, None
         if differentiates_backward():  # and needs nothing else
