@@ -51,7 +51,7 @@ sanitize: $(BUILT)
 	@LOSSOPS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(PRELOADED)" OMP_WAIT_POLICY=passive \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
-		$(BIN)/pytest --capture=sys $(patsubst %,tests/test_%.py,contract cross_entropy mse numerics small hostile) \
+		$(BIN)/pytest --capture=sys $(patsubst %,tests/test_%.py,contract cross_entropy mse numerics direct hostile) \
 		-k "not (emulated or compile or export or opcheck or gradcheck or vmap or transforms or bitwise or fake)"
 
 # The tables of docs/cuda.md: written, or compared. Machine code of nvcc is read by two small tools, which a
