@@ -32,6 +32,9 @@ _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # whose modes are on a stack of their own
 
 
+# The questions are written out, not shared: here a call costs as much as what it asks.
+
+
 def place(finds: Callable[[Tensor, Tensor], int], input: Tensor, target: Tensor) -> int:
     """Where a loss may be computed this way, as the extension's function for it `finds`; 0: it may not."""
     if (
@@ -71,9 +74,9 @@ def forget(ctx: Any) -> None:
         ctx.kept = None
 
 
-def empty_loss(input: Tensor, place: int, dtype: torch.dtype | None) -> Tensor:
+def empty_loss(input: Tensor, where: int, dtype: torch.dtype | None) -> Tensor:
     """Memory for a loss of the input's dtype, or of another that was asked for."""
-    if place == FLOAT_ON_CPU and dtype is None:
+    if where == FLOAT_ON_CPU and dtype is None:
         return empty_like(_SCALAR)  # a third of a microsecond less
     return input.new_empty((), dtype=dtype)
 

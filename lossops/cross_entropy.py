@@ -199,8 +199,8 @@ class EagerCrossEntropy(Function):
         return *grads, None, None, None, None, None
 
 
-def _direct_forward(logits, target, gradient, ignore_index, place, loss_dtype):
-    loss = empty_loss(logits, place, loss_dtype)
+def _direct_forward(logits, target, gradient, ignore_index, where, loss_dtype):
+    loss = empty_loss(logits, where, loss_dtype)
     kept = _C.direct_cross_entropy_forward(logits, target, loss, gradient, ignore_index)
     if kept is None:
         _forward(logits, target, None, MEAN, ignore_index, 0.0, None)  # raises the IndexError
@@ -211,9 +211,9 @@ class DirectCrossEntropy(Function):
     """The mean for a contiguous batch of class indices, with neither class weight nor smoothing."""
 
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, place, loss_dtype):
-        ctx.gradient = empty_like(logits) if _ahead.is_asked_of_plain(ctx, place != ON_GPU) else None
-        loss, ctx.kept = _direct_forward(logits, target, ctx.gradient, ignore_index, place, loss_dtype)
+    def forward(ctx, logits, target, ignore_index, where, loss_dtype):
+        ctx.gradient = empty_like(logits) if _ahead.is_asked_of_plain(ctx, where != ON_GPU) else None
+        loss, ctx.kept = _direct_forward(logits, target, ctx.gradient, ignore_index, where, loss_dtype)
         ctx.save_for_backward(logits, target)
         ctx.ignore_index = ignore_index
         return loss

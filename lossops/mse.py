@@ -164,9 +164,9 @@ class DirectMSE(Function):
     """The mean over contiguous tensors of one dtype, without weight or mask."""
 
     @staticmethod
-    def forward(ctx, input, target, place, loss_dtype):
-        ctx.gradient = empty_like(input) if _ahead.is_asked_of_plain(ctx, place != ON_GPU) else None
-        loss = empty_loss(input, place, loss_dtype)
+    def forward(ctx, input, target, where, loss_dtype):
+        ctx.gradient = empty_like(input) if _ahead.is_asked_of_plain(ctx, where != ON_GPU) else None
+        loss = empty_loss(input, where, loss_dtype)
         ctx.kept = _C.direct_mse_forward(input, target, loss, ctx.gradient)
         ctx.save_for_backward(input, target)
         return loss
